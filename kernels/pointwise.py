@@ -1,0 +1,65 @@
+"""Pointwise functions that `triton.language` lacks, or has with other rules for NaN.
+
+They are written in its primitives, so that they run in the interpreter as well.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def minimum(x, y):
+    """NaN if either is, as in torch."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def maximum(x, y):
+    """NaN if either is, as in torch."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sign(x):
+    """0 for NaN, as in torch."""
+    return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
+
+
+@triton.jit
+def log1p(x):
+    """Kahan: the error of `w = 1 + x` is in `log w` and in `w - 1` alike, and cancels."""
+    w = 1.0 + x
+    exact = (w == 1.0) | (w == float("inf"))
+    return tl.where(exact, x, tl.log(w) * (x / tl.where(exact, 1.0, w - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    """Kahan: the error of `w = exp x` is in `w - 1` and in `log w` alike, and cancels.
+
+    Only where `w` is near 1, that is: elsewhere `w - 1` is right, and `log w` may not exist.
+    """
+    w = tl.exp(x)
+    near = (tl.abs(x) < 0.5) & (w != 1.0)
+    close = tl.where(w == 1.0, x, (w - 1.0) * (x / tl.log(tl.where(near, w, 2.0))))
+    return tl.where(tl.abs(x) < 0.5, close, w - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """A polynomial near 0, where the exponentials cancel (Cephes, `tanhf`)."""
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * minimum(size, 20.0)) + 1.0)
+    far = tl.where(x < 0, -far, far)
+
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    return tl.where(size < 0.625, x + x * square * series, far)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))

@@ -1,0 +1,147 @@
+"""The hooks that make up a training method, with the defaults that most methods share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlvr_fast import aggregate, rewards
+from rlvr_fast.methods.rollouts import Groups, Rollout
+from rlvr_fast.objectives import Objective
+from rlvr_fast.ops.group_advantages import GroupNormalisation, group_advantages
+from rlvr_fast.prompts import Prompt, Prompts
+from rlvr_fast.rollout import Completion, Engine, SamplingParams
+from rlvr_fast.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What the hooks of one step may use."""
+
+    step: int
+    """From 1."""
+    task: Task
+    prompts: Prompts
+    """All training prompts."""
+    prompts_per_step: int
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    sampling: SamplingParams
+    """With this step's seed; `n` is the size of a group."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """What a token's weight may depend on: the shape of the whole optimiser batch."""
+
+    seq_lengths: Tensor
+    """`[S]` int64, scored tokens of every sequence; those without a gradient count too."""
+    group_offsets: Tensor
+    """`[G+1]` int64, in sequences."""
+    max_completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One published method. Its fields are its options; a subclass overrides a hook or two.
+
+    In a step the trainer calls the hooks in the order in which they stand here.
+    """
+
+    zero_advantage_is_zero_gradient: ClassVar[bool] = False
+    """A sequence with advantage 0 has no gradient and no influence, so it need not be computed."""
+    on_policy_only: ClassVar[bool] = False
+    """The objective has no importance ratio: one update per batch."""
+
+    def select_prompts(self, context: Context) -> list[Prompt]:
+        """The prompts of this step."""
+        return context.prompts.batch(context.step, context.prompts_per_step)
+
+    def rollout(self, context: Context, prompts: Sequence[Prompt]) -> Groups:
+        """One group per prompt, without rewards yet."""
+        completions = context.engine.generate([p.ids for p in prompts], context.sampling)
+        return [
+            [as_rollout(context, prompt, completion) for completion in group]
+            for prompt, group in zip(prompts, completions, strict=True)
+        ]
+
+    def verify(self, context: Context, groups: Groups) -> Groups:
+        """The same groups with a reward in every rollout."""
+        flat = [rollout for group in groups for rollout in group]
+        scores = iter(verified(context.task, [r.prompt for r in flat], [r.text for r in flat]))
+        return [[replace(rollout, reward=next(scores)) for rollout in group] for group in groups]
+
+    def advantages(self, groups: Groups) -> Groups:
+        """The same groups with an advantage in every rollout; 0 where the reward is None."""
+        flat = [rollout.reward for group in groups for rollout in group]
+        values = group_advantages(
+            torch.tensor([float("nan") if reward is None else reward for reward in flat]),
+            group_offsets(groups),
+            normalisation=self.normalisation(),
+        )
+        advantage = iter(values.tolist())
+        return [[replace(rollout, advantage=next(advantage)) for rollout in g] for g in groups]
+
+    def normalisation(self) -> GroupNormalisation:
+        """How the default `advantages` turns a group's rewards into advantages."""
+        return GroupNormalisation()
+
+    def seq_weights(self, shape: BatchShape) -> Tensor:
+        """`[S]` fp32, the weight of each token of a sequence; see `aggregate`."""
+        return aggregate.token_mean(shape.seq_lengths)
+
+    def objective(self) -> Objective:
+        """What the optimiser minimises, before a KL penalty or entropy bonus of the config."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method remembers between steps, as JSON values; part of every checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        assert not state, f"{type(self).__name__} remembers nothing, got {sorted(state)}"
+
+    def check_not_negative(self, *names: str) -> None:
+        """Raises a ValueError for the first of these options that is below 0."""
+        for name in names:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: wanted >= 0, got {getattr(self, name)}")
+
+
+def as_rollout(context: Context, prompt: Prompt, completion: Completion) -> Rollout:
+    """A completion of the prompt as it stands."""
+    return Rollout(
+        prompt=prompt,
+        gen_prompt_ids=prompt.ids,
+        train_prompt_ids=prompt.ids,
+        completion_ids=completion.token_ids,
+        text=str(context.tokenizer.decode(completion.token_ids, skip_special_tokens=True)),
+        finished=completion.finished,
+        rollout_logp=completion.logp,
+    )
+
+
+def verified(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
+    """The task's rewards for one text per prompt; answers to chats are messages, as in TRL."""
+    names = {name for prompt in prompts for name in prompt.example.columns}
+    return rewards.score(
+        task.reward,
+        [prompt.example.prompt for prompt in prompts],
+        [
+            text
+            if isinstance(prompt.example.prompt, str)
+            else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ],
+        {name: [prompt.example.columns.get(name) for prompt in prompts] for name in sorted(names)},
+    )
+
+
+def group_offsets(groups: Groups) -> Tensor:
+    """`[G+1]` int64."""
+    return torch.tensor([0, *accumulate(len(group) for group in groups)])

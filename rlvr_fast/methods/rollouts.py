@@ -1,0 +1,51 @@
+"""What a step of training collects: groups of rollouts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from rlvr_fast.prompts import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One completion of one prompt; hooks of a `Method` fill in what comes later."""
+
+    prompt: Prompt
+    gen_prompt_ids: Sequence[int]
+    """What the engine completed; a hint, say, may be in it."""
+    train_prompt_ids: Sequence[int]
+    """What the completion is trained to follow."""
+    completion_ids: Sequence[int]
+    text: str
+    """The completion, decoded without special tokens."""
+    finished: bool
+    """Ended by itself; False when cut off."""
+    rollout_logp: Sequence[float] | None = None
+    """Nats, one per completion token, as the sampler reported them; None: another author's text."""
+    loss_mask: Sequence[int] | None = None
+    """One per completion token, 0 where the policy did not write it; None: it wrote all."""
+    reward: float | None = None
+    """None: nobody could score it."""
+    advantage: float | Sequence[float] | None = None
+    """One number, or one per completion token."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """A method's own: parent, branch position, off-policy flag, task tag, parts of the reward."""
+
+    @property
+    def scored_tokens(self) -> int:
+        """Completion tokens that the policy wrote."""
+        return (
+            len(self.completion_ids) if self.loss_mask is None else sum(map(bool, self.loss_mask))
+        )
+
+    @property
+    def zero_advantage(self) -> bool:
+        """Every token's advantage is exactly 0."""
+        if isinstance(self.advantage, Sequence):
+            return not any(self.advantage)
+        return self.advantage == 0
+
+
+Groups: TypeAlias = list[list[Rollout]]
+"""One list of rollouts for each prompt."""

@@ -1,0 +1,243 @@
+"""The heavy op: LM head, log-probabilities, objective and all gradients in one pass."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlvr_fast.ops import logprobs as row_op
+from rlvr_fast.ops.group_advantages import GroupNormalisation, group_advantages
+from rlvr_fast.ops.loss_metrics import LossMetrics, loss_metrics
+from rlvr_fast.ops.objective_rows import (
+    ObjectiveRows,
+    Segmentation,
+    evaluate,
+    masked_loss,
+    sliced,
+    token_fields,
+)
+from rlvr_fast.ops.tiled_head import HeadInputs, TiledHead, Wanted, head_inputs
+from rlvr_fast.ops.transform import LogitTransform
+from rlvr_fast.packed import ScoredTokens
+from rlvr_fast.tracing.level import Level, level
+from rlvr_fast.tracing.objective import Objective
+from rlvr_fast.tracing.tokens import TokenFields
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLossOutput:
+    loss: Tensor
+    """0-dim fp32, `sum(weight * token_loss)`; its backward hands out finished gradients."""
+    logp: Tensor
+    """`[T]` fp32, nats, <= 0; detached."""
+    entropy: Tensor
+    """`[T]` fp32, nats; detached."""
+    metrics: LossMetrics
+
+
+def policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: ScoredTokens,
+    objective: Objective,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    logits_budget: int | None = None,
+    normalisation: GroupNormalisation | None = None,
+) -> PolicyLossOutput:
+    """Loss of any objective over packed tokens, with gradients to hidden, weight and bias.
+
+    The `[T, V]` logits never exist: tiles of rows go through GEMM, row sweep, objective, row sweep
+    and the two gradient GEMMs before the next tile starts. An objective that looks at whole
+    sequences or groups gets tiles cut at their boundaries; a segment longer than a tile has its
+    logits computed twice.
+
+    Args:
+        hidden: `[T, D]` fp32, bf16, fp16 (or fp64 on the CPU): the rows that predict the targets.
+        weight: `[V, D]` of the same dtype; under autocast any, as for `nn.Linear`.
+        tokens: targets, weights and whatever the objective reads. See `ScoredTokens`.
+        objective: see `rlvr_fast.objectives`.
+        bias: `[V]`.
+        temperature, softcap, logit_scale: see `LogitTransform`.
+        logits_dtype: of the tile, fp32 or the GEMM's input dtype. Default: fp32 on CUDA; on the
+            CPU, whose GEMMs round their result to the input dtype, that dtype. fp32 there costs an
+            fp32 copy of the weight and an fp32 GEMM.
+        logits_budget: bytes of logits alive at once; default 512 MiB on the CPU, 2 GiB on CUDA.
+            With several tiles and a weight below fp32, an fp32 `[V, D]` accumulator comes on top.
+        normalisation: how rewards become advantages when `tokens.advantage` is missing; default
+            `GroupNormalisation()`.
+
+    Returns:
+        `PolicyLossOutput`. `backward` may be called once.
+
+    Raises:
+        ValueError: for shapes, dtypes, targets or settings other than these.
+
+    Cost: 6 T D V flops (2 for logits, 2 for each of d_hidden and d_weight; a frozen operand, or
+    `no_grad`, saves its 2), plus two reads and one write of each logit. No host sync on CUDA.
+    """
+    with torch.no_grad():
+        inputs = head_inputs(
+            hidden, weight, bias, logits_dtype=logits_dtype, logits_budget=logits_budget
+        )
+        row_op.check_targets(tokens.targets, inputs.num_tokens, inputs.vocab_size)
+        fields = token_fields(tokens, advantages(tokens, normalisation or GroupNormalisation()))
+    call = _Call(
+        inputs=inputs,
+        tokens=tokens,
+        fields=fields,
+        objective=objective,
+        segmentation=_segmentation(tokens, objective),
+        transform=LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
+    )
+    loss, rows = _PolicyLoss.apply(hidden, weight, bias, call, torch.is_grad_enabled())
+    logp, entropy, dlogp = rows
+    return PolicyLossOutput(
+        loss=loss, logp=logp, entropy=entropy, metrics=loss_metrics(logp, entropy, dlogp, fields)
+    )
+
+
+def advantages(tokens: ScoredTokens, normalisation: GroupNormalisation) -> Tensor | None:
+    """`[T]`: the tokens' own advantage, or their rewards normalised by group, or None."""
+    advantage = tokens.advantage
+    if advantage is None:
+        if tokens.rewards is None or tokens.group_offsets is None:
+            return None
+        advantage = group_advantages(
+            tokens.rewards,
+            tokens.group_offsets.to(tokens.rewards.device),
+            normalisation=normalisation,
+        )
+    return advantage if len(advantage) == tokens.num_tokens else tokens.expand(advantage)
+
+
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: ScoredTokens,
+    objective: Objective,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform | None = None,
+    normalisation: GroupNormalisation | None = None,
+) -> Tensor:
+    """The definition of the loss: all logits at once, any device; gradients are autograd's own."""
+    transform = transform or LogitTransform()
+    logits = hidden @ weight.t()
+    logits = logits if bias is None else logits + bias
+    stats = row_op.reference(logits, tokens.targets, transform.scale, transform.cap)
+    advantage = advantages(tokens, normalisation or GroupNormalisation())
+    everything = slice(0, tokens.num_tokens)
+    fields = sliced(token_fields(tokens, advantage), everything, stats.dtype)
+    view = Segmentation.of(tokens).view(stats[0], stats[1], fields, everything)
+    return (fields.weight * masked_loss(objective, view)).sum()
+
+
+def _segmentation(tokens: ScoredTokens, objective: Objective) -> Segmentation:
+    alone = level(objective) is Level.TOKEN
+    return Segmentation() if alone else Segmentation.of(tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """Everything `_PolicyLoss` needs besides the tensors it differentiates."""
+
+    inputs: HeadInputs
+    tokens: ScoredTokens
+    fields: TokenFields
+    objective: Objective
+    transform: LogitTransform
+
+    segmentation: Segmentation
+    """Empty for an objective that looks at single tokens."""
+
+    def chunks(self, head: TiledHead) -> Iterator[slice]:
+        """Runs of tokens, each with all that its coefficients need; larger than a tile if must be."""
+        needed = level(self.objective)
+        if needed is Level.TOKEN:
+            yield from head.tiles(slice(0, self.tokens.num_tokens))
+            return
+        ends = {Level.SEQUENCE: self.segmentation.seq, Level.GROUP: self.segmentation.group}
+        offsets = ends.get(needed)
+        bounds = [0, self.tokens.num_tokens] if offsets is None else offsets.tolist()
+        start = 0
+        for end, following in zip(bounds, [*bounds[1:], None], strict=True):
+            if end > start and (following is None or following - start > head.rows):
+                yield slice(start, end)
+                start = end
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: _Call,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = Wanted.of(ctx.needs_input_grad if grad_enabled else (), hidden, weight, bias)
+        head = TiledHead(call.inputs, wanted)
+        statistics_dtype = torch.promote_types(call.inputs.logits_dtype, torch.float32)
+        rows = hidden.new_empty(3, len(hidden), dtype=statistics_dtype)
+        loss = hidden.new_zeros((), dtype=statistics_dtype)
+        for chunk in call.chunks(head):
+            loss += _run_chunk(call, head, chunk, rows)
+        ctx.gradients = head.gradients()
+        ctx.mark_non_differentiable(rows)
+        return loss, rows
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Any, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("policy_loss: its gradients were already handed out; call it again")
+        gradients, ctx.gradients = ctx.gradients, None
+        # A read of dloss would wait for a CUDA device; on the CPU it saves a pass over d_weight.
+        if dloss.is_cuda or dloss != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(dloss)
+        return (*gradients, None, None)
+
+
+def _run_chunk(call: _Call, head: TiledHead, chunk: slice, rows: Tensor) -> Tensor:
+    """Both sweeps over one chunk: its loss; fills `rows` and adds to the head's gradients."""
+    scale, cap = call.transform.scale, call.transform.cap
+    tiles = list(head.tiles(chunk))
+    stats = []
+    for tile in tiles:
+        logits = head.logits(tile)
+        stats.append(row_op.row_stats(logits, call.tokens.targets[tile], scale, cap))
+    found = _objective(call, chunk, torch.cat(stats, 1), rows)
+    if head.wanted.any:
+        for tile, tile_stats in zip(tiles, stats, strict=True):
+            if len(tiles) > 1:
+                logits = head.logits(tile)
+            local = slice(tile.start - chunk.start, tile.stop - chunk.start)
+            gradient = head.gradient_buffer(logits)
+            row_op.row_grad(
+                logits,
+                call.tokens.targets[tile],
+                tile_stats,
+                found.dlogp[local],
+                None if found.dentropy is None else found.dentropy[local],
+                scale,
+                cap,
+                gradient,
+            )
+            head.accumulate(tile, gradient)
+    return (call.fields.weight[chunk] * found.token_loss).sum()
+
+
+def _objective(call: _Call, chunk: slice, stats: Tensor, rows: Tensor) -> ObjectiveRows:
+    fields = sliced(call.fields, chunk, stats.dtype)
+    found = evaluate(call.objective, stats, fields, call.segmentation, chunk)
+    rows[:, chunk] = torch.stack([stats[0], stats[1], found.dlogp])
+    return found

@@ -1,0 +1,297 @@
+"""The one batch type: sequences lie end to end and nothing is padded.
+
+Shape letters used everywhere: `T` scored (completion) tokens, `S` sequences, `G` groups,
+`V` vocabulary, `D` hidden, `N` model inputs (prompts and completions).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredTokens:
+    """What a loss needs to know about the `T` completion tokens of a pack.
+
+    Only `targets` and `weight` are required. Without `old_logp` the policy has not moved since
+    sampling and every ratio is exactly 1. Without `advantage`, `rewards` and both offsets let the
+    op normalise each group itself. The offsets plan the work, so they live on the CPU.
+
+    Raises:
+        ValueError: for a field whose shape, dtype or device does not fit the others.
+    """
+
+    targets: Tensor
+    """`[T]` int64, the token each hidden state should predict, in `[0, V)`."""
+    weight: Tensor
+    """`[T]` fp32. The loss is `sum(weight * token_loss)`; 0 masks a token. See `aggregate`."""
+    seq_offsets: Tensor | None = None
+    """`[S+1]` int64 on the CPU: tokens `seq_offsets[s]` to `seq_offsets[s+1]` are sequence `s`."""
+    group_offsets: Tensor | None = None
+    """`[G+1]` int64 on the CPU: which sequences answer the same prompt."""
+    old_logp: Tensor | None = None
+    """`[T]` fp32 nats, under the policy at the start of the update."""
+    ref_logp: Tensor | None = None
+    """`[T]` fp32 nats, under the reference policy."""
+    rollout_logp: Tensor | None = None
+    """`[T]` fp32 nats, as the sampler reported them."""
+    rewards: Tensor | None = None
+    """`[S]` fp32; NaN marks a sequence nobody could score (advantage 0)."""
+    advantage: Tensor | None = None
+    """`[T]` or `[S]` fp32."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further named `[T]` tensors that an objective reads as `t.extras[name]`."""
+
+    def __post_init__(self) -> None:
+        if self.targets.dim() != 1 or self.targets.dtype != torch.int64:
+            raise ValueError(f"targets: wanted int64 [T], got {_shown(self.targets)}")
+        for name, value in self._token_fields().items():
+            if value.shape != self.targets.shape or not value.is_floating_point():
+                raise ValueError(
+                    f"{name}: wanted floating point [{self.num_tokens}], got {_shown(value)}"
+                )
+        _check_offsets("seq_offsets", self.seq_offsets, self.num_tokens)
+        if self.group_offsets is not None and self.seq_offsets is None:
+            raise ValueError("group_offsets: wanted seq_offsets beside it, got None")
+        _check_offsets("group_offsets", self.group_offsets, self.num_sequences)
+        if self.rewards is not None and self.rewards.shape != (self.num_sequences,):
+            raise ValueError(
+                f"rewards: wanted [{self.num_sequences}] and seq_offsets, "
+                f"got {_shown(self.rewards)}"
+            )
+        if self.advantage is not None and self.advantage.shape not in (
+            (self.num_tokens,),
+            (self.num_sequences,),
+        ):
+            raise ValueError(
+                f"advantage: wanted [{self.num_tokens}] or [{self.num_sequences}], "
+                f"got {_shown(self.advantage)}"
+            )
+
+    def _token_fields(self) -> dict[str, Tensor]:
+        named = {
+            "weight": self.weight,
+            "old_logp": self.old_logp,
+            "ref_logp": self.ref_logp,
+            "rollout_logp": self.rollout_logp,
+        } | {f"extras[{name!r}]": value for name, value in self.extras.items()}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def num_tokens(self) -> int:
+        return self.targets.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """0 when there are no `seq_offsets`."""
+        return 0 if self.seq_offsets is None else self.seq_offsets.shape[0] - 1
+
+    @property
+    def seq_lengths(self) -> Tensor:
+        """`[S]` int64 on the CPU."""
+        if self.seq_offsets is None:
+            raise ValueError("wanted ScoredTokens with seq_offsets, got None")
+        return self.seq_offsets.diff()
+
+    def expand(self, per_sequence: Tensor) -> Tensor:
+        """`[S]` to `[T]`: every token gets the value of its sequence."""
+        lengths = self.seq_lengths.to(per_sequence.device)
+        return per_sequence.repeat_interleave(lengths, output_size=self.num_tokens)
+
+    def to(self, device: torch.device | str) -> "ScoredTokens":
+        """A copy whose tensors are on `device`; the offsets stay on the CPU."""
+
+        def move(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            targets=self.targets.to(device, non_blocking=True),
+            weight=self.weight.to(device, non_blocking=True),
+            old_logp=move(self.old_logp),
+            ref_logp=move(self.ref_logp),
+            rollout_logp=move(self.rollout_logp),
+            rewards=move(self.rewards),
+            advantage=move(self.advantage),
+            extras={
+                name: value.to(device, non_blocking=True) for name, value in self.extras.items()
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One completion on its way into a pack; lists hold plain Python numbers."""
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    token_weight: float = 1.0
+    """Of each scored token, from `aggregate` over the whole optimiser batch."""
+    loss_mask: Sequence[int] | None = None
+    """Per completion token, 0 for text the policy did not write (tool output)."""
+    advantage: float | Sequence[float] | None = None
+    reward: float | None = None
+    old_logp: Sequence[float] | None = None
+    ref_logp: Sequence[float] | None = None
+    rollout_logp: Sequence[float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """One micro-batch: model inputs and the scored tokens within them.
+
+    The inputs are *blocks*: a prompt, then its completions, each of which attends to the prompt
+    and to itself only. A block with one completion is an ordinary sequence.
+    """
+
+    input_ids: Tensor
+    """`[N]` int64."""
+    position_ids: Tensor
+    """`[N]` int64; every completion of a block continues from its prompt's last position."""
+    cu_seqlens: Tensor
+    """`[K+1]` int64 on the CPU, segment boundaries: each prompt and each completion is one."""
+    block_offsets: Tensor
+    """`[B+1]` int64 on the CPU, in segments: which prompt and completions belong together."""
+    hidden_index: Tensor
+    """`[T]` int64, the row of the model's output that predicts each scored token."""
+    scored: ScoredTokens
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """A copy whose tensors are on `device`; the offsets stay on the CPU."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            hidden_index=self.hidden_index.to(device, non_blocking=True),
+            scored=self.scored.to(device),
+        )
+
+
+def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> Packed:
+    """Lays groups of samples end to end.
+
+    Args:
+        groups: each group answers one prompt; groups and samples may differ in size and length.
+        share_prompts: a prompt that all samples of a group have in common is laid down once. The
+            gradient is the same; without it every sample carries its own copy.
+
+    Returns:
+        A `Packed` on the CPU with all completion tokens scored, in the order given.
+
+    Raises:
+        ValueError: for an empty prompt, or a list whose length is not its completion's.
+    """
+    blocks = [block for group in groups for block in _blocks(group, share_prompts)]
+    ids: list[int] = []
+    positions: list[int] = []
+    hidden_index: list[int] = []
+    segments, block_offsets = [0], [0]
+    for block in blocks:
+        prompt = block[0].prompt_ids
+        last_of_prompt = len(ids) + len(prompt) - 1
+        ids += prompt
+        positions += range(len(prompt))
+        segments.append(len(ids))
+        for sample in block:
+            length = len(sample.completion_ids)
+            if length:
+                hidden_index += [last_of_prompt, *range(len(ids), len(ids) + length - 1)]
+            ids += sample.completion_ids
+            positions += range(len(prompt), len(prompt) + length)
+            segments.append(len(ids))
+        block_offsets.append(len(segments) - 1)
+    return Packed(
+        input_ids=_ints(ids),
+        position_ids=_ints(positions),
+        cu_seqlens=_ints(segments),
+        block_offsets=_ints(block_offsets),
+        hidden_index=_ints(hidden_index),
+        scored=_scored([sample for group in groups for sample in group], groups),
+    )
+
+
+def _blocks(group: Sequence[Sample], share_prompts: bool) -> list[Sequence[Sample]]:
+    if any(len(sample.prompt_ids) == 0 for sample in group):
+        raise ValueError("prompt_ids: wanted at least one token, got none")
+    if share_prompts and all(
+        list(sample.prompt_ids) == list(group[0].prompt_ids) for sample in group[1:]
+    ):
+        return [group] if group else []
+    return [[sample] for sample in group]
+
+
+def _scored(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> ScoredTokens:
+    lengths = [len(sample.completion_ids) for sample in samples]
+    weight = [
+        sample.token_weight * keep
+        for sample in samples
+        for keep in _per_token("loss_mask", sample.loss_mask, 1, sample)
+    ]
+    return ScoredTokens(
+        targets=_ints([token for sample in samples for token in sample.completion_ids]),
+        weight=torch.tensor(weight, dtype=torch.float32),
+        seq_offsets=_offsets(lengths),
+        group_offsets=_offsets([len(group) for group in groups]),
+        old_logp=_optional(samples, "old_logp"),
+        ref_logp=_optional(samples, "ref_logp"),
+        rollout_logp=_optional(samples, "rollout_logp"),
+        rewards=_rewards(samples),
+        advantage=_optional(samples, "advantage"),
+    )
+
+
+def _rewards(samples: Sequence[Sample]) -> Tensor | None:
+    rewards = [sample.reward for sample in samples]
+    if all(reward is None for reward in rewards):
+        return None
+    return torch.tensor([float("nan") if r is None else r for r in rewards], dtype=torch.float32)
+
+
+def _optional(samples: Sequence[Sample], name: str) -> Tensor | None:
+    values = [getattr(sample, name) for sample in samples]
+    missing = sum(value is None for value in values)
+    if missing == len(values):
+        return None
+    if missing:
+        raise ValueError(f"{name}: wanted it on every sample or on none, got {missing} without it")
+    flat = [
+        x for v, sample in zip(values, samples, strict=True) for x in _per_token(name, v, 0, sample)
+    ]
+    return torch.tensor(flat, dtype=torch.float32)
+
+
+def _per_token(name: str, value: object, default: float, sample: Sample) -> Sequence[float]:
+    length = len(sample.completion_ids)
+    if value is None:
+        return [default] * length
+    if isinstance(value, int | float):
+        return [value] * length
+    assert isinstance(value, Sequence)
+    if len(value) != length:
+        raise ValueError(
+            f"{name}: wanted one value per completion token, {length}, got {len(value)}"
+        )
+    return value
+
+
+def _ints(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.cat([torch.zeros(1, dtype=torch.int64), _ints(lengths).cumsum(0)])
+
+
+def _check_offsets(name: str, offsets: Tensor | None, total: int) -> None:
+    if offsets is None:
+        return
+    if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.is_cuda or not len(offsets):
+        raise ValueError(f"{name}: wanted int64 [n+1] on the CPU, got {_shown(offsets)}")
+    if offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any():
+        raise ValueError(f"{name}: wanted ascending from 0 to {total}, got {offsets.tolist()[:8]}")
+
+
+def _shown(value: Tensor) -> str:
+    return f"{value.dtype} {list(value.shape)} on {value.device}"

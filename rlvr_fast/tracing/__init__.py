@@ -1,0 +1,1 @@
+"""Objectives: what they see, how they compose, and how they become a Triton device function."""
