@@ -35,8 +35,8 @@ double multiplier(const Moments& m, const GroupNormalisation& normalisation) {
   const double count = static_cast<double>(m.count);
   switch (normalisation.scale) {
     case Scale::kStd:
-      return 1.0 / (std::sqrt(m.squares / std::max(count - normalisation.ddof, 1.0)) +
-                    normalisation.eps);
+      return 1.0 /
+             (std::sqrt(m.squares / std::max(count - normalisation.ddof, 1.0)) + normalisation.eps);
     case Scale::kLeaveOneOut:
       return count / std::max(count - 1.0, 1.0);
     case Scale::kNone:

@@ -97,11 +97,9 @@ RLVR_CLONES void row_bwd(const T* row, T* out, std::int64_t vocab_size, Transfor
 // p - 1 loses what is left of a sure token's gradient; expm1 keeps it.
 template <class T, bool HasCap>
 T target_gradient(float logit, float logp, Transform transform, const RowCoefficients& c) {
-  const float tanh =
-      HasCap ? transformed<HasCap>(logit, transform) / transform.cap : 0.0f;
+  const float tanh = HasCap ? transformed<HasCap>(logit, transform) / transform.cap : 0.0f;
   const float slope = transform.scale * (1.0f - tanh * tanh);
-  const float dz =
-      -std::expm1(logp) * c.dlogp - std::exp(logp) * c.dentropy * (logp + c.entropy);
+  const float dz = -std::expm1(logp) * c.dlogp - std::exp(logp) * c.dentropy * (logp + c.entropy);
   return from_float<T>(dz * slope);
 }
 
@@ -147,9 +145,9 @@ void logprobs_bwd(Rows<const T> logits, const std::int64_t* targets, Transform t
   }
 }
 
-#define RLVR_INSTANTIATE(T)                                                                      \
-  template void logprobs_fwd<T>(Rows<const T>, const std::int64_t*, Transform, RowStats, int);   \
-  template void logprobs_bwd<T>(Rows<const T>, const std::int64_t*, Transform, RowStats,         \
+#define RLVR_INSTANTIATE(T)                                                                    \
+  template void logprobs_fwd<T>(Rows<const T>, const std::int64_t*, Transform, RowStats, int); \
+  template void logprobs_bwd<T>(Rows<const T>, const std::int64_t*, Transform, RowStats,       \
                                 const float*, const float*, Rows<T>, int)
 
 RLVR_INSTANTIATE(float);

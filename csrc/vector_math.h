@@ -69,8 +69,7 @@ RLVR_INLINE Half from_float<Half>(float x) {
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   const float small = bit_cast<float>(magnitude) + 0.5f;  // ulp(0.5f) is the least half, 2^-24
   const std::uint32_t subnormal = bit_cast<std::uint32_t>(small) - bit_cast<std::uint32_t>(0.5f);
-  const std::uint32_t normal =
-      (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const std::uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   std::uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;

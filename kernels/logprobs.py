@@ -38,7 +38,7 @@ def row_launch(vocab_size: int) -> dict[str, int | bool]:
     block = min(max(triton.next_power_of_2(vocab_size), 128), 4096)
     # Fused multiply-adds would round z differently from one use to the next: the maximum would
     # not be 0 after the shift, and a row's gradient would not fit its logp.
-    return {"BLOCK_V": block, "num_warps": max(block // 512, 1), "enable_fp_fusion": False}
+    return {"BLOCK_V": block, "num_warps": max(block // 256, 1), "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -61,11 +61,10 @@ def load_block(row_ptr, start, vocab_size, scale, cap, HAS_CAP: tl.constexpr, BL
     """Only the tail is masked: a mask at an odd `vocab_size` would split every wide load."""
     v = start + tl.arange(0, BLOCK_V)
     if TAIL:
-        x = tl.load(row_ptr + v, mask=v < vocab_size, other=0.0)
-        z = tl.where(v < vocab_size, transformed(x, scale, cap, HAS_CAP), float("-inf"))
+        x = tl.load(row_ptr + v, mask=v < vocab_size, other=float("-inf"))
     else:
-        z = transformed(tl.load(row_ptr + v), scale, cap, HAS_CAP)
-    return z, v
+        x = tl.load(row_ptr + v)
+    return transformed(x, scale, cap, HAS_CAP), v
 
 
 @triton.jit
@@ -90,6 +89,7 @@ def row_stats(row_ptr, target, vocab_size, scale, cap, HAS_CAP: tl.constexpr, BL
         z, v = load_block(row_ptr, start, vocab_size, scale, cap, HAS_CAP, BLOCK_V, False)
         top, others, spread = fold(top, others, spread, z, v, target)
     z, v = load_block(row_ptr, tail, vocab_size, scale, cap, HAS_CAP, BLOCK_V, True)
+    z = tl.where(v < vocab_size, z, float("-inf"))  # a softcap has made it finite
     top, others, spread = fold(top, others, spread, z, v, target)
 
     rest = tl.sum(others, axis=0)

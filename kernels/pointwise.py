@@ -37,27 +37,25 @@ def log1p(x):
 def expm1(x):
     """Kahan: the error of `w = exp x` is in `w - 1` and in `log w` alike, and cancels.
 
-    Only where `w` is near 1, that is: elsewhere `w - 1` is right, and `log w` may not exist.
+    Where `w` is far from 1 `w - 1` is right as it is, and `log w` may not exist.
     """
     w = tl.exp(x)
-    near = (tl.abs(x) < 0.5) & (w != 1.0)
-    close = tl.where(w == 1.0, x, (w - 1.0) * (x / tl.log(tl.where(near, w, 2.0))))
-    return tl.where(tl.abs(x) < 0.5, close, w - 1.0)
+    near = tl.abs(x) < 0.5
+    log_w = tl.log(tl.where(near & (w != 1.0), w, 2.0))
+    return tl.where(near, tl.where(w == 1.0, x, (w - 1.0) * (x / log_w)), w - 1.0)
 
 
 @triton.jit
 def tanh(x):
     """A polynomial near 0, where the exponentials cancel (Cephes, `tanhf`)."""
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * minimum(size, 20.0)) + 1.0)
-    far = tl.where(x < 0, -far, far)
-
+    x = minimum(maximum(x, -20.0), 20.0)  # it is +-1 from 10 on, and inf - inf would be NaN
     square = x * x
     series = -5.70498872745e-3 * square + 2.06390887954e-2
     series = series * square - 5.37397155531e-2
     series = series * square + 1.33314422036e-1
     series = series * square - 3.33332819422e-1
-    return tl.where(size < 0.625, x + x * square * series, far)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, x + x * square * series, far)
 
 
 @triton.jit

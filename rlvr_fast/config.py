@@ -123,12 +123,60 @@ class TrainConfig:
             _check(self, name, 0 < getattr(self, name) < math.inf, "> 0 and finite")
         for name in ("adam_beta1", "adam_beta2"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        _check(self, "seed", self.seed < 2**32, "< 2**32")
         _check(self, "warmup_steps", self.warmup_steps <= self.steps, f"<= steps, {self.steps}")
         _check(self, "engine", self.engine == "embedded", "embedded")
-        device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
-        _check(self, "device", device is not None, "auto, cpu, cuda or cuda:N")
+        _check(self, "device", re.fullmatch(_DEVICE, self.device) is not None, _DEVICES)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What `rlvr-fast eval` depends on besides the model.
+
+    Raises:
+        ValueError: for a value that cannot be.
+    """
+
+    task: str
+    """Where prompts and rewards come from: addition, or reasoning_gym:NAME."""
+    task_options: options.Table = field(default_factory=dict)
+    """Table of the task's own options."""
+    prompts: int | None = None
+    """Evaluate on the first so many held-out prompts; none: on all."""
+    n: int | None = None
+    """Sample so many completions per prompt, besides the greedy one; none: do not sample."""
+    k: str = "1"
+    """Estimate pass@k from the samples for these k, separated by commas."""
+    correct: float = 1.0
+    """A completion with at least this reward counts as correct in pass@k."""
+    temperature: float = 1.0
+    """Of sampling."""
+    max_completion_tokens: int = 256
+    """Completions are cut off here."""
+    system_prompt: str = ""
+    """Put before every chat as a system message; empty: none."""
+    precision: Precision = Precision.BF16
+    """Of the weights and matrix products."""
+    seed: int = 0
+    """Of sampling."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: cuda where there is one."""
+    output: str = ""
+    """JSON file for the result; empty: only show it."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "n", "max_completion_tokens"):
+            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, ">= 1")
+        _check(self, "k", re.fullmatch(r"\d+(,\d+)*", self.k) is not None, "numbers like 1,4,16")
+        _check(self, "temperature", 0 < self.temperature < math.inf, "> 0 and finite")
+        _check(self, "device", re.fullmatch(_DEVICE, self.device) is not None, _DEVICES)
+
+    @property
+    def ks(self) -> list[int]:
+        return [int(number) for number in self.k.split(",")]
+
+
+_DEVICE, _DEVICES = r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"
 _COUNTS = (
     "steps",
     "prompts_per_step",
@@ -236,7 +284,7 @@ def describe(config: TrainConfig) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())
 
 
-def _check(config: TrainConfig, name: str, holds: bool, wanted: str) -> None:
+def _check(config: TrainConfig | EvalConfig, name: str, holds: bool, wanted: str) -> None:
     if not holds:
         raise ValueError(f"{name}: wanted {wanted}, got {getattr(config, name)!r}")
 

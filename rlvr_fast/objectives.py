@@ -79,8 +79,9 @@ class DynamicClipSurrogate(Objective):
     """Bounds that widen for tokens that were unlikely (DCPO, 2509.02333, equations 4-6).
 
     Ordinary clipping bounds `|r - 1|`; this bounds `|r - 1| r q` with `q = exp(old_logp)`, hence
-    `low = (1 + sqrt(max(1 - 4 clip_low / q, 0))) / 2`, `high = (1 + sqrt(1 + 4 clip_high / q)) / 2`,
-    both at most `max_ratio`, which is also the dual clip for negative advantages.
+    `low = (1 + sqrt(max(1 - 4 clip_low / q, 0))) / 2` and
+    `high = min((1 + sqrt(1 + 4 clip_high / q)) / 2, max_ratio)`. `max_ratio` is also the dual clip
+    for negative advantages.
     """
 
     clip_low: float = 0.16

@@ -54,8 +54,10 @@ def merge(
     return merged
 
 
-def parse(what: str, kind: type[Any], arguments: Sequence[str]) -> dict[str, str]:
-    """`--field value` and `--field=value` pairs as text by field.
+def parse(
+    what: str, kind: type[Any], arguments: Sequence[str], *, besides: Sequence[str] = ()
+) -> dict[str, str]:
+    """`--field value` and `--field=value` pairs as text by field, or by a name of `besides`.
 
     Raises:
         ValueError: for an unknown field, a field without a value, or something else in between.
@@ -67,7 +69,7 @@ def parse(what: str, kind: type[Any], arguments: Sequence[str]) -> dict[str, str
         if not head.startswith("--"):
             raise ValueError(f"arguments: wanted --field value, got {head}")
         name, equals, value = head[2:].partition("=")
-        check_known(what, name.partition(".")[0], _names(kind))
+        check_known(what, name.partition(".")[0], [*_names(kind), *besides])
         if not equals:
             if not rest:
                 raise ValueError(f"{name}: wanted a value after --{name}, got nothing")

@@ -77,10 +77,11 @@ class Prompts(Sequence[Prompt]):
                 "model: wanted one whose tokenizer has a chat template, since the task's prompts "
                 "are chats, got none"
             )
-        encoded = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
+        text = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
         )
-        return list(encoded["input_ids"])
+        # The template has written every special token already.
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _mixed(seed: int, epoch: int) -> int:

@@ -24,7 +24,7 @@ FAILURES = {
     "__import__('time').sleep(1000)": "timeout",
     "9**9**9**9**9": "timeout",
     "bytearray(10**12)": "out of memory",
-    "[bytearray(10**7) for _ in iter(int, 1)]": "out of memory",
+    "[0] * 10**8": "out of memory",
     "1 / 0": "raised",
     "exit()": "raised",
     "no python": "raised",
@@ -45,9 +45,6 @@ FORBIDDEN = {
     "open by number": "__import__('os').open('{path}', 65)",
     "shell": "__import__('os').system('touch {path}')",
     "subprocess": "__import__('subprocess').run(['touch', '{path}'])",
-    "bare fork and exec": "__import__('_posixsubprocess').fork_exec([b'/bin/touch', b'{path}'], "
-    "[b'/bin/touch'], True, (), None, None, -1, -1, -1, -1, -1, -1, -1, -1, False, False, 0, "
-    "None, None, None, -1, None, False)",
     "directory": "__import__('os').mkdir('{path}')",
     "named pipe": "__import__('os').mkfifo('{path}')",
     "link": "__import__('os').symlink('/', '{path}')",
@@ -56,8 +53,8 @@ FORBIDDEN = {
     "truncation": "__import__('os').truncate('{victim}', 0)",
     "C library": "__import__('ctypes').CDLL(None).creat(b'{path}', 511)",
     "database": "__import__('sqlite3').connect('{path}')",
-    "socket": "__import__('socket').socket()",
-    "fork": "__import__('os').fork()",
+    "socket": "__import__('socket').socket().fileno()",
+    "fork": "__import__('os').fork() and 1.0 or __import__('time').sleep(9)",
     "killing the worker": "__import__('os').kill(__import__('os').getppid(), 9)",
 }
 
@@ -143,10 +140,12 @@ def test_evaluated_text_cannot_reach_out_of_its_process(
     assert "worker lost" not in evaluator.failures
 
 
-@pytest.mark.skipif(not has_call_filter(), reason="the call filter is for x86_64")
-def test_the_call_filter_holds_without_the_audit_hook(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fence", ["_filter_calls", "_hook_audit"])
+def test_either_fence_holds_without_the_other(fence: str, tmp_path: Path) -> None:
+    if fence == "_filter_calls" and not has_call_filter():
+        pytest.skip("the system call filter is for x86_64")
     attempts = "\n".join(
-        f"try: {text}\nexcept OSError: pass\nelse: raise SystemExit({text!r})"
+        f"try: {text}\nexcept PermissionError: pass\nelse: raise SystemExit({text!r})"
         for text in (
             f"os.open({str(tmp_path / 'harm')!r}, os.O_WRONLY | os.O_CREAT)",
             f"os.mkdir({str(tmp_path / 'harm')!r})",
@@ -154,11 +153,10 @@ def test_the_call_filter_holds_without_the_audit_hook(tmp_path: Path) -> None:
             "os.fork()",
             "os.execv('/bin/true', ['true'])",
             "os.kill(os.getppid(), 0)",
-            "os.dup(1)",
             "socket.socket()",
         )
     )
-    setup = "import os, socket\nfrom rlvr_fast.rewards import _sandbox\n_sandbox._filter_calls()\n"
+    setup = f"import os, socket\nfrom rlvr_fast.rewards import _sandbox\n_sandbox.{fence}()\n"
     code = f"import sys\nsys.path[:] = {sys.path!r}\n{setup}{attempts}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -209,7 +207,7 @@ def test_closing_a_pool_ends_its_processes_and_the_next_batch_starts_anew() -> N
     pool.close()
 
 
-def test_workers_die_with_a_killed_trainer(tmp_path: Path) -> None:
+def test_workers_die_with_a_killed_trainer() -> None:
     code = f"""
 import sys
 sys.path[:] = {sys.path!r}

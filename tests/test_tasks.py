@@ -1,5 +1,6 @@
 """Tasks: splits, rewards and clear errors."""
 
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from rlvr_fast.rewards import score
 from rlvr_fast.tasks import Example, Task, load_task
 from rlvr_fast.tasks.addition import last_integer
-from rlvr_fast.tasks.reasoning_gym import final_answer
+from rlvr_fast.tasks.reasoning_gym import DatasetVerifier, final_answer
 
 
 def rewards(task: Task, examples: list[Example], completions: list[str]) -> list[float | None]:
@@ -107,11 +108,11 @@ def test_addition_rewards_the_right_sum_only() -> None:
 @pytest.mark.parametrize("name", ["basic_arithmetic", "chain_sum", "leg_counting"])
 def test_the_answers_of_a_dataset_score_one(name: str) -> None:
     pytest.importorskip("reasoning_gym")
-    task = load_task(f"reasoning_gym:{name}", {"size": 3, "holdout": 2, "seed": 7})
-    examples = [*task.train, *task.evaluation]
-    right = [f"so <answer> {example.columns['answer']}\n</answer>" for example in examples]
-    assert rewards(task, examples, right) == [1.0] * len(examples)
-    task.close()
+    verifier = DatasetVerifier(name, {"size": 5, "seed": 7})
+    copy = pickle.loads(pickle.dumps(verifier))
+    for entry in verifier.dataset:
+        assert copy(f"so <answer> {entry['answer']}\n</answer>", entry) == 1.0
+        assert copy("I do not know", entry) < 0.1
 
 
 def test_held_out_questions_of_a_dataset_are_not_trained_on() -> None:
@@ -157,7 +158,7 @@ def test_the_final_answer_stands_in_the_last_tags(completion: str, answer: str) 
         ("countdwn", {}, r"must be one like \['countdown'.*, got 'countdwn'"),
         ("chain_sum", {"terms": 2}, r"must be among \[.*'max_terms'.*\], got \['terms'\]"),
         ("chain_sum", {"min_terms": -1}, "options of reasoning_gym:chain_sum: min_terms"),
-        ("chain_sum", {"size": 0}, "size must be >= 1 and holdout >= 0, got 0 and 100"),
+        ("chain_sum", {"size": 0}, "size must be >= 1 and holdout >= 0, got 0 and 64"),
     ],
 )
 def test_what_a_dataset_does_not_know_is_refused(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlvr_fast.ops import logprobs as row_op
 from rlvr_fast.ops.logprobs import TokenLogprobs
-from rlvr_fast.ops.tiled_head import HeadInputs, TiledHead, Wanted, head_inputs
+from rlvr_fast.ops.tiled_head import HeadSettings, TiledHead, Wanted, head_settings
 from rlvr_fast.ops.transform import LogitTransform
 
 
@@ -42,13 +42,12 @@ def linear_logprobs(
     Cost: 2 T D V flops forward and 6 T D V backward, which recomputes the logits; a frozen operand
     saves 2 of those. `policy_loss` does the same in 6 altogether.
     """
-    with torch.no_grad():
-        inputs = head_inputs(
-            hidden, weight, bias, logits_dtype=logits_dtype, logits_budget=logits_budget
-        )
-        row_op.check_targets(targets, inputs.num_tokens, inputs.vocab_size)
+    settings = head_settings(
+        hidden, weight, bias, logits_dtype=logits_dtype, logits_budget=logits_budget
+    )
+    row_op.check_targets(targets, len(hidden), len(weight))
     transform = LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    return TokenLogprobs(*_LinearLogprobs.apply(hidden, weight, bias, inputs, targets, transform))
+    return TokenLogprobs(*_LinearLogprobs.apply(hidden, weight, bias, settings, targets, transform))
 
 
 def reference(
@@ -74,32 +73,29 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        inputs: HeadInputs,
+        settings: HeadSettings,
         targets: Tensor,
         transform: LogitTransform,
     ) -> tuple[Tensor, Tensor]:
-        head = TiledHead(inputs, Wanted.of((), hidden, weight, bias))
+        head = TiledHead(hidden, weight, bias, settings, Wanted.of((), hidden, weight, bias))
         stats = torch.cat(
             [
                 row_op.row_stats(head.logits(tile), targets[tile], transform.scale, transform.cap)
-                for tile in head.tiles(slice(0, max(inputs.num_tokens, 1)))
+                for tile in head.tiles(slice(0, max(len(hidden), 1)))
             ],
             dim=1,
         )
-        ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, targets, stats)
-        ctx.settings = (inputs.logits_dtype, inputs.budget, transform)
-        ctx.wanted = Wanted.of(ctx.needs_input_grad, hidden, weight, bias)
+        ctx.save_for_backward(hidden, weight, bias, targets, stats)
+        ctx.settings, ctx.transform = settings, transform
         return stats[0].clone(), stats[1].clone()
 
     @staticmethod
     def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Any, ...]:
         hidden, weight, bias, targets, stats = ctx.saved_tensors
-        logits_dtype, budget, transform = ctx.settings
-        inputs = HeadInputs(
-            hidden=hidden, weight=weight, bias=bias, logits_dtype=logits_dtype, budget=budget
-        )
-        head = TiledHead(inputs, ctx.wanted)
-        for tile in head.tiles(slice(0, inputs.num_tokens)):
+        transform = ctx.transform
+        wanted = Wanted.of(ctx.needs_input_grad, hidden, weight, bias)
+        head = TiledHead(hidden, weight, bias, ctx.settings, wanted)
+        for tile in head.tiles(slice(0, len(hidden))):
             logits = head.logits(tile)
             gradient = head.gradient_buffer(logits)
             row_op.row_grad(

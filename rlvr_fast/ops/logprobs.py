@@ -96,14 +96,33 @@ def cpp(logits: Tensor, targets: Tensor, scale: float, cap: float) -> Tensor:
 
     stats = torch.empty(4, logits.shape[0], dtype=torch.float32)
     _C.logprobs_fwd(
-        as_numpy(logits), targets.numpy(), scale, cap, stats.numpy(), torch.get_num_threads()
+        as_numpy(logits), targets.numpy(), scale, cap, stats.numpy(), threads(logits)
     )
     return stats
 
 
 def triton(logits: Tensor, targets: Tensor, scale: float, cap: float) -> Tensor:
     """One program a row, online softmax."""
-    raise NotImplementedError
+    if logits.dtype not in CPP_VIEWS:
+        return reference(logits, targets, scale, cap)
+    from rlvr_fast.kernels.logprobs import logprobs_fwd_kernel, row_launch
+
+    num_tokens, vocab_size = logits.shape
+    stats = torch.empty(4, num_tokens, dtype=torch.float32, device=logits.device)
+    if num_tokens:
+        logprobs_fwd_kernel[(num_tokens,)](
+            logits,
+            targets.contiguous(),
+            stats,
+            num_tokens,
+            vocab_size,
+            logits.stride(0),
+            scale,
+            cap,
+            HAS_CAP=cap > 0,
+            **row_launch(vocab_size),
+        )
+    return stats
 
 
 BACKENDS = {"reference": reference, "cpp": cpp, "triton": triton}
@@ -181,7 +200,7 @@ def cpp_grad(
         scale,
         cap,
         as_numpy(out),
-        torch.get_num_threads(),
+        threads(logits),
     )
 
 
@@ -195,8 +214,30 @@ def triton_grad(
     cap: float,
     out: Tensor,
 ) -> None:
-    """One program a row."""
-    raise NotImplementedError
+    """One program a row; `out` may also be the front of the same rows in a narrower dtype."""
+    if logits.dtype not in CPP_VIEWS:
+        reference_grad(logits, targets, stats, dlogp, dentropy, scale, cap, out)
+        return
+    from rlvr_fast.kernels.logprobs import logprobs_bwd_kernel, row_launch
+
+    num_tokens, vocab_size = logits.shape
+    if num_tokens:
+        logprobs_bwd_kernel[(num_tokens,)](
+            logits,
+            targets.contiguous(),
+            stats.contiguous(),
+            dlogp.contiguous(),
+            None if dentropy is None else dentropy.contiguous(),
+            out,
+            num_tokens,
+            vocab_size,
+            logits.stride(0),
+            out.stride(0),
+            scale,
+            cap,
+            HAS_CAP=cap > 0,
+            **row_launch(vocab_size),
+        )
 
 
 GRAD_BACKENDS = {"reference": reference_grad, "cpp": cpp_grad, "triton": triton_grad}
@@ -207,13 +248,13 @@ row_grad.register_kernel("cuda", triton_grad)
 
 
 def _save(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor
+    ctx: Any, inputs: tuple[Any, ...], output: Tensor
 ) -> None:
     logits, targets, ctx.scale, ctx.cap = inputs
     ctx.save_for_backward(logits, targets, output)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     logits, targets, stats = ctx.saved_tensors
     out = torch.empty_like(logits)
     row_grad(logits, targets, stats, grad[0], grad[1], ctx.scale, ctx.cap, out)
@@ -227,6 +268,11 @@ CPP_VIEWS = {
     torch.bfloat16: torch.uint16,
     torch.float16: torch.float16,
 }
+
+
+def threads(logits: Tensor) -> int:
+    """Of torch's threads as many as have at least 2^16 logits (some 10 us) to work on."""
+    return max(1, min(torch.get_num_threads(), logits.numel() >> 16))
 
 
 def as_numpy(x: Tensor) -> np.ndarray[Any, Any]:

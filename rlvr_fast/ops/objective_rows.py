@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlvr_fast.packed import ScoredTokens
+from rlvr_fast.tracing.level import Level
 from rlvr_fast.tracing.objective import Objective
 from rlvr_fast.tracing.tokens import Segments, TokenFields, Tokens
 
@@ -32,9 +33,14 @@ class Segmentation:
     """`[G+1]`."""
 
     @staticmethod
-    def of(tokens: ScoredTokens) -> "Segmentation":
+    def of(tokens: ScoredTokens, level: Level) -> "Segmentation":
+        """What an objective of this level may look at."""
         seq, group = tokens.seq_offsets, tokens.group_offsets
-        return Segmentation(seq=seq, group=None if seq is None or group is None else seq[group])
+        if level is Level.TOKEN:
+            return Segmentation()
+        if level is Level.SEQUENCE or seq is None or group is None:
+            return Segmentation(seq=seq)
+        return Segmentation(seq=seq, group=seq[group])
 
     def view(self, logp: Tensor, entropy: Tensor, fields: TokenFields, rows: slice) -> Tokens:
         """What an objective sees of `rows`, which lie at whole segments."""

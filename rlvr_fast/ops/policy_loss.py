@@ -18,7 +18,7 @@ from rlvr_fast.ops.objective_rows import (
     sliced,
     token_fields,
 )
-from rlvr_fast.ops.tiled_head import HeadInputs, TiledHead, Wanted, head_inputs
+from rlvr_fast.ops.tiled_head import Gradients, HeadSettings, TiledHead, Wanted, head_settings
 from rlvr_fast.ops.transform import LogitTransform
 from rlvr_fast.packed import ScoredTokens
 from rlvr_fast.tracing.level import Level, level
@@ -74,7 +74,7 @@ def policy_loss(
             `GroupNormalisation()`.
 
     Returns:
-        `PolicyLossOutput`. `backward` may be called once.
+        `PolicyLossOutput`.
 
     Raises:
         ValueError: for shapes, dtypes, targets or settings other than these.
@@ -82,19 +82,19 @@ def policy_loss(
     Cost: 6 T D V flops (2 for logits, 2 for each of d_hidden and d_weight; a frozen operand, or
     `no_grad`, saves its 2), plus two reads and one write of each logit. No host sync on CUDA.
     """
-    with torch.no_grad():
-        inputs = head_inputs(
-            hidden, weight, bias, logits_dtype=logits_dtype, logits_budget=logits_budget
-        )
-        row_op.check_targets(tokens.targets, inputs.num_tokens, inputs.vocab_size)
-        fields = token_fields(tokens, advantages(tokens, normalisation or GroupNormalisation()))
+    settings = head_settings(
+        hidden, weight, bias, logits_dtype=logits_dtype, logits_budget=logits_budget
+    )
+    row_op.check_targets(tokens.targets, len(hidden), len(weight))
+    transform = LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    fields = token_fields(tokens, advantages(tokens, normalisation or GroupNormalisation()))
     call = _Call(
-        inputs=inputs,
+        settings=settings,
         tokens=tokens,
         fields=fields,
         objective=objective,
-        segmentation=_segmentation(tokens, objective),
-        transform=LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
+        segmentation=Segmentation.of(tokens, level(objective)),
+        transform=transform,
     )
     loss, rows = _PolicyLoss.apply(hidden, weight, bias, call, torch.is_grad_enabled())
     logp, entropy, dlogp = rows
@@ -135,30 +135,23 @@ def reference(
     advantage = advantages(tokens, normalisation or GroupNormalisation())
     everything = slice(0, tokens.num_tokens)
     fields = sliced(token_fields(tokens, advantage), everything, stats.dtype)
-    view = Segmentation.of(tokens).view(stats[0], stats[1], fields, everything)
+    view = Segmentation.of(tokens, Level.BATCH).view(stats[0], stats[1], fields, everything)
     return (fields.weight * masked_loss(objective, view)).sum()
-
-
-def _segmentation(tokens: ScoredTokens, objective: Objective) -> Segmentation:
-    alone = level(objective) is Level.TOKEN
-    return Segmentation() if alone else Segmentation.of(tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
     """Everything `_PolicyLoss` needs besides the tensors it differentiates."""
 
-    inputs: HeadInputs
+    settings: HeadSettings
     tokens: ScoredTokens
     fields: TokenFields
     objective: Objective
     transform: LogitTransform
-
     segmentation: Segmentation
-    """Empty for an objective that looks at single tokens."""
 
     def chunks(self, head: TiledHead) -> Iterator[slice]:
-        """Runs of tokens, each with all that its coefficients need; larger than a tile if must be."""
+        """Runs of whole segments of at most a tile, or one longer segment."""
         needed = level(self.objective)
         if needed is Level.TOKEN:
             yield from head.tiles(slice(0, self.tokens.num_tokens))
@@ -184,27 +177,39 @@ class _PolicyLoss(torch.autograd.Function):
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         wanted = Wanted.of(ctx.needs_input_grad if grad_enabled else (), hidden, weight, bias)
-        head = TiledHead(call.inputs, wanted)
-        statistics_dtype = torch.promote_types(call.inputs.logits_dtype, torch.float32)
-        rows = hidden.new_empty(3, len(hidden), dtype=statistics_dtype)
-        loss = hidden.new_zeros((), dtype=statistics_dtype)
-        for chunk in call.chunks(head):
-            loss += _run_chunk(call, head, chunk, rows)
-        ctx.gradients = head.gradients()
+        loss, rows, ctx.gradients = _run(call, hidden, weight, bias, wanted)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.call, ctx.wanted = call, wanted
         ctx.mark_non_differentiable(rows)
         return loss, rows
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Any, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("policy_loss: its gradients were already handed out; call it again")
+        # Autograd keeps a gradient without copying it only if nobody else holds it; so it is
+        # handed out once, and a second backward through a retained graph computes it again.
         gradients, ctx.gradients = ctx.gradients, None
-        # A read of dloss would wait for a CUDA device; on the CPU it saves a pass over d_weight.
+        if gradients is None:
+            hidden, weight, bias = ctx.saved_tensors
+            gradients = _run(ctx.call, hidden, weight, bias, ctx.wanted)[2]
+        # Reading dloss would wait for a CUDA device; on the CPU it saves a pass over d_weight.
         if dloss.is_cuda or dloss != 1:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(dloss)
         return (*gradients, None, None)
+
+
+def _run(
+    call: _Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
+) -> tuple[Tensor, Tensor, Gradients]:
+    """The loss; logp, entropy and d(loss)/d(logp) as `[3, T]`; the wanted gradients."""
+    head = TiledHead(hidden, weight, bias, call.settings, wanted)
+    dtype = torch.promote_types(call.settings.logits_dtype, torch.float32)
+    rows = hidden.new_empty(3, len(hidden), dtype=dtype)
+    loss = hidden.new_zeros((), dtype=dtype)
+    for chunk in call.chunks(head):
+        loss += _run_chunk(call, head, chunk, rows)
+    return loss, rows, head.gradients()
 
 
 def _run_chunk(call: _Call, head: TiledHead, chunk: slice, rows: Tensor) -> Tensor:

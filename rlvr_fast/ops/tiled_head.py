@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""d_hidden, d_weight, d_bias."""
+
 DEFAULT_BUDGET = {"cpu": 512 << 20, "cuda": 2 << 30}
 """Bytes of logits alive at once."""
 
@@ -15,26 +18,14 @@ VOCAB_BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadInputs:
-    """Checked inputs of the head, in the dtype that the GEMMs compute in."""
+class HeadSettings:
+    """How the head computes."""
 
-    hidden: Tensor
-    """`[T, D]`."""
-    weight: Tensor
-    """`[V, D]`."""
-    bias: Tensor | None
-    """`[V]`."""
+    dtype: torch.dtype
+    """Of the GEMMs' inputs."""
     logits_dtype: torch.dtype
     budget: int
-    """Bytes."""
-
-    @property
-    def num_tokens(self) -> int:
-        return self.hidden.shape[0]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.weight.shape[0]
+    """Bytes of logits alive at once."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +48,15 @@ class Wanted:
         return not (self.hidden is None and self.weight is None and self.bias is None)
 
 
-def head_inputs(
+def head_settings(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     *,
     logits_dtype: torch.dtype | None,
     logits_budget: int | None,
-) -> HeadInputs:
-    """Casts as autocast would for `nn.Linear` and fills in defaults.
+) -> HeadSettings:
+    """Checks the head's inputs and fills in defaults; under autocast its dtype, as `nn.Linear`.
 
     Raises:
         ValueError: for shapes, dtypes, devices or a budget that do not fit.
@@ -95,47 +86,51 @@ def head_inputs(
     budget = DEFAULT_BUDGET.get(device, 2 << 30) if logits_budget is None else logits_budget
     if budget < 1:
         raise ValueError(f"logits_budget: wanted at least one byte, got {budget}")
-    return HeadInputs(
-        hidden=hidden.to(dtype),
-        weight=weight.to(dtype),
-        bias=None if bias is None else bias.to(dtype),
-        logits_dtype=logits_dtype,
-        budget=budget,
-    )
+    return HeadSettings(dtype=dtype, logits_dtype=logits_dtype, budget=budget)
 
 
 class TiledHead:
     """Computes logits tile by tile in one buffer, and accumulates gradients from it."""
 
-    def __init__(self, inputs: HeadInputs, wanted: Wanted) -> None:
-        self._in, self.wanted = inputs, wanted
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        settings: HeadSettings,
+        wanted: Wanted,
+    ) -> None:
+        self._hidden = hidden.to(settings.dtype)
+        self._weight = weight.to(settings.dtype)
+        self._bias = None if bias is None else bias.to(settings.dtype)
+        self._logits_dtype = settings.logits_dtype
+        self.wanted = wanted
+        self._separate = wanted.any and settings.logits_dtype != settings.dtype
         # Rows start at multiples of 16 bytes on CUDA, whatever the vocabulary.
-        self._stride = inputs.vocab_size
-        if inputs.hidden.is_cuda:
-            self._stride += -inputs.vocab_size % 8
-        self._separate = wanted.any and inputs.logits_dtype != inputs.hidden.dtype
-        sizes = [inputs.logits_dtype.itemsize] + [inputs.hidden.dtype.itemsize] * self._separate
-        self.rows = max(1, inputs.budget // (self._stride * sum(sizes)))
+        self._stride = len(weight) + (-len(weight) % 8 if hidden.is_cuda else 0)
+        per_logit = settings.logits_dtype.itemsize + self._separate * settings.dtype.itemsize
+        self.rows = max(1, settings.budget // (self._stride * per_logit))
         """Tokens per tile."""
         self._wide_weight: Tensor | None = None
-        hidden, weight = inputs.hidden, inputs.weight
-        self._d_hidden = None if wanted.hidden is None else torch.empty_like(hidden)
-        self._d_weight: Tensor | None = None
-        if wanted.weight is not None:
-            self._d_weight = torch.empty_like(weight, dtype=self._accumulator_dtype())
+        self._d_hidden = None if wanted.hidden is None else torch.empty_like(self._hidden)
+        self._d_weight = (
+            None
+            if wanted.weight is None
+            else torch.empty_like(self._weight, dtype=self._accumulator_dtype())
+        )
         self._d_bias = (
             None
             if wanted.bias is None
             else weight.new_zeros(
-                len(weight), dtype=torch.promote_types(weight.dtype, torch.float32)
+                len(weight), dtype=torch.promote_types(settings.dtype, torch.float32)
             )
         )
         self._first = True
 
     def _accumulator_dtype(self) -> torch.dtype:
         """One tile rounds once anyway; several need fp32 between them."""
-        dtype = self._in.weight.dtype
-        if self._in.num_tokens <= self.rows and self.wanted.weight == dtype:
+        dtype = self._weight.dtype
+        if len(self._hidden) <= self.rows and self.wanted.weight == dtype:
             return dtype
         return torch.promote_types(dtype, torch.float32)
 
@@ -148,42 +143,46 @@ class TiledHead:
 
     def logits(self, tile: slice) -> Tensor:
         """`[t, V]` raw logits in the shared buffer; the next call overwrites them."""
-        inputs = self._in
-        hidden, weight = inputs.hidden[tile], inputs.weight
-        out = self._buffer("logits", hidden.shape[0], inputs.logits_dtype)
-        if hidden.dtype == inputs.logits_dtype:
-            _linear(hidden, weight, inputs.bias, out)
+        hidden, weight, bias, dtype = (
+            self._hidden[tile],
+            self._weight,
+            self._bias,
+            self._logits_dtype,
+        )
+        out = self._buffer("logits", len(hidden), dtype)
+        if hidden.dtype == dtype:
+            _linear(hidden, weight, bias, out)
         elif hidden.is_cuda:
-            torch.mm(hidden, weight.t(), out_dtype=inputs.logits_dtype, out=out)
-            if inputs.bias is not None:
-                out += inputs.bias
+            torch.mm(hidden, weight.t(), out_dtype=dtype, out=out)
+            if bias is not None:
+                out += bias
         else:
             # CPU GEMMs have no bf16-in, fp32-out form.
             if self._wide_weight is None:
-                self._wide_weight = weight.to(inputs.logits_dtype)
-            bias = None if inputs.bias is None else inputs.bias.to(inputs.logits_dtype)
-            _linear(hidden.to(inputs.logits_dtype), self._wide_weight, bias, out)
+                self._wide_weight = weight.to(dtype)
+            wide_bias = None if bias is None else bias.to(dtype)
+            _linear(hidden.to(dtype), self._wide_weight, wide_bias, out)
         return out
 
     def gradient_buffer(self, logits: Tensor) -> Tensor:
         """Where d(loss)/d(logits) goes: over the logits themselves if the dtype allows."""
         if not self._separate:
             return logits
-        return self._buffer("gradient", logits.shape[0], self._in.hidden.dtype)
+        return self._buffer("gradient", len(logits), self._hidden.dtype)
 
     def accumulate(self, tile: slice, dlogits: Tensor) -> None:
         """Adds this tile's part of every wanted gradient."""
-        hidden, weight = self._in.hidden[tile], self._in.weight
+        hidden = self._hidden[tile]
         if self._d_hidden is not None:
-            torch.mm(dlogits, weight, out=self._d_hidden[tile])
+            torch.mm(dlogits, self._weight, out=self._d_hidden[tile])
         if self._d_weight is not None:
             add_product(self._d_weight, dlogits, hidden, first=self._first)
         if self._d_bias is not None:
             self._d_bias += dlogits.sum(0, dtype=self._d_bias.dtype)
         self._first = False
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """d_hidden, d_weight, d_bias in the wanted dtypes."""
+    def gradients(self) -> Gradients:
+        """In the dtypes of the inputs."""
         if self._first and self._d_weight is not None:
             self._d_weight.zero_()
         found = (self._d_hidden, self._d_weight, self._d_bias)
@@ -194,8 +193,8 @@ class TiledHead:
 
     def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         size = rows * self._stride
-        flat = workspace(name, size * dtype.itemsize, self._in.hidden.device)
-        return flat.view(dtype)[:size].view(rows, self._stride)[:, : self._in.vocab_size]
+        flat = workspace(name, size * dtype.itemsize, self._hidden.device)
+        return flat.view(dtype)[:size].view(rows, self._stride)[:, : len(self._weight)]
 
 
 def add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:

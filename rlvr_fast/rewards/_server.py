@@ -44,15 +44,15 @@ def serve(descriptor: int, parent: int) -> None:
     gc.collect()
     gc.freeze()  # else a collection in a child copies every page
     connection.send_bytes(bytes([has_call_filter()]))
-    children: dict[int, _Child] = {}
+    control = connection.fileno()
+    children: dict[int, _Child] = {}  # by the readable end of its pipe
     with suppress(EOFError, OSError):
         while os.getppid() == parent:
-            for ready in select([connection, *children], [], [], _pause(children))[0]:
-                if ready is connection:
+            for ready in select([control, *children], [], [], _pause(children))[0]:
+                if ready == control:
                     _fork(connection.recv_bytes(), verifier, limits, children)
                 else:
-                    record = os.read(ready, _RECORD.size + 1)
-                    _end(connection, children, ready, record)
+                    _end(connection, children, ready, os.read(ready, _RECORD.size + 1))
             for late in [fd for fd, child in children.items() if child.deadline < time.monotonic()]:
                 _end(connection, children, late, _RECORD.pack(TIMEOUT, 0.0))
 

@@ -157,8 +157,8 @@ class VerifierPool:
                 worker = self._worker = self._worker or _Worker(self._start_message, self._limits)
                 try:
                     while todo and len(pending) < self._workers:
-                        worker.send(todo[0], batch[todo[0]])
-                        pending.add(todo.popleft())
+                        pending.add(number := todo.popleft())
+                        worker.send(number, batch[number])
                     number, outcome, reward = worker.receive()
                 except (EOFError, OSError) as error:
                     losses += 1

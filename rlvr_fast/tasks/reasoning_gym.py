@@ -13,7 +13,7 @@ from rlvr_fast.rewards.workers import VerifierPool
 from rlvr_fast.tasks import Example, Task, check_options, user_message
 
 _INSTRUCTION = "\n\nGive your final answer between <answer> and </answer>."
-_DEFAULTS = {"size": 1000, "seed": 0, "holdout": 100}
+_DEFAULTS = {"size": 500, "seed": 0, "holdout": 64}
 
 
 def load(name: str, options: Mapping[str, Any]) -> Task:
@@ -21,8 +21,8 @@ def load(name: str, options: Mapping[str, Any]) -> Task:
 
     Args:
         name: of the dataset, as in `reasoning_gym.create_dataset`.
-        options: `size` (1000 examples to train on; fewer remain where one repeats a held-out
-            question), `holdout` (100 others; 0 evaluates on the training examples), `seed` (0), and
+        options: `size` (500 examples to train on; fewer remain where one repeats a held-out
+            question), `holdout` (64 others; 0 evaluates on the training examples), `seed` (0), and
             the dataset's own.
 
     Raises:
@@ -101,7 +101,8 @@ def _registered(name: str) -> tuple[type[Any], type[Any]]:
     if name not in DATASETS:
         near = get_close_matches(name, DATASETS) or sorted(DATASETS)
         raise ValueError(f"dataset of reasoning_gym must be one like {near}, got {name!r}")
-    return DATASETS[name]
+    dataset, config = DATASETS[name]
+    return dataset, config
 
 
 def _created(name: str, config: Mapping[str, Any]) -> Any:

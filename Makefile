@@ -1,0 +1,51 @@
+# Two commands do all set-up on a fresh machine: `make train` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+
+.PHONY: train test lint bench wheel clean
+
+train: $(VENV)/installed
+	$(BIN)/rlvr-fast train addition
+
+test: $(VENV)/tested
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/mypy
+
+bench: $(VENV)/benched
+	$(BIN)/rlvr-fast bench
+
+# The wheel, built in isolation, works from an empty folder.
+wheel: $(VENV)/tested
+	rm -rf build/wheel && mkdir -p build/wheel/empty
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m venv --system-site-packages build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --no-deps --target build/wheel/site build/wheel/*.whl
+	cd build/wheel/empty && PYTHONPATH=../site ../../../$(BIN)/python -P -c \
+	  "import rlvr_fast, torch; assert 'site' in rlvr_fast.__file__; \
+	  print(rlvr_fast.logprobs(torch.zeros(1, 8), torch.tensor([3])))"
+
+# Not isolated, so that C++ edits can be rebuilt in place.
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch scikit-build-core pybind11 cmake ninja
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(PIP) --no-build-isolation --editable .[test]
+	touch $@
+
+$(VENV)/benched: $(VENV)/tested
+	$(PIP) --no-build-isolation --editable .[bench]
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,250 @@
+"""One batch of rollouts in, optimiser updates and their metrics out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlvr_fast import attention
+from rlvr_fast.config import Precision, Schedule, TrainConfig
+from rlvr_fast.methods.base import BatchShape, Method, group_offsets
+from rlvr_fast.methods.rollouts import Groups
+from rlvr_fast.microbatch import microbatches
+from rlvr_fast.objectives import KL3, EntropyBonus, Objective
+from rlvr_fast.ops.linear_logprobs import linear_logprobs
+from rlvr_fast.ops.loss_metrics import LossMetrics
+from rlvr_fast.ops.policy_loss import PolicyLossOutput, policy_loss
+from rlvr_fast.packed import Packed, Sample, pack
+from rlvr_fast.tracing.level import Level, level
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one forward and backward pass gave, still on the device."""
+
+    loss: Tensor
+    logp: Tensor
+    metrics: LossMetrics
+
+
+class Optimiser:
+    """AdamW on fp32 weights; the passes run in the config's precision."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        method: Method,
+        model: PreTrainedModel,
+        reference: PreTrainedModel | None = None,
+    ) -> None:
+        """`reference` is wanted when `config.kl_coef` is above 0; both models on one device."""
+        self._config, self._method = config, method
+        self.model, self._reference = model, reference
+        self.objective = _penalised(method.objective(), config)
+        self._level = level(self.objective)
+        self.adamw = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def update(self, groups: Groups, step: int) -> dict[str, float]:
+        """`updates_per_batch` updates at the learning rate of `step`, from 1.
+
+        Sequences whose gradient is exactly zero are left out of the passes but not out of the
+        weights' denominators. If none remains, the weights stay as they are.
+
+        Raises:
+            FloatingPointError: for a gradient that is not finite; the weights are untouched.
+        """
+        rate = learning_rate(self._config, step)
+        for parameter_group in self.adamw.param_groups:
+            parameter_group["lr"] = rate
+        packs = self.packs(self.samples(groups))
+        read = {"learning_rate": rate, "microbatches": float(len(packs))}
+        if not packs:
+            return read
+        if self._reference is not None:
+            packs = [self._with_reference(self._reference, packed) for packed in packs]
+        for update in range(self._config.updates_per_batch):
+            passed = [self.backward(packed) for packed in packs]
+            if update == 0:
+                logps = [each.logp for each in passed]
+                read |= mismatch(packs, logps) | reference_kl(packs, logps)
+                packs = [
+                    replace(packed, scored=replace(packed.scored, old_logp=logp))
+                    for packed, logp in zip(packs, logps, strict=True)
+                ]
+            read["grad_norm"] = self.apply()
+        read["loss"] = float(torch.stack([each.loss for each in passed]).sum())
+        return read | LossMetrics.merge([each.metrics for each in passed]).read()
+
+    def samples(self, groups: Groups) -> list[list[Sample]]:
+        """What has a gradient, with token weights from the shape of the whole batch."""
+        lengths = [rollout.scored_tokens for group in groups for rollout in group]
+        shape = BatchShape(
+            seq_lengths=torch.tensor(lengths, dtype=torch.int64),
+            group_offsets=group_offsets(groups),
+            max_completion_tokens=self._config.max_completion_tokens,
+        )
+        weights = iter(self._method.seq_weights(shape).tolist())
+        logp_known = all(rollout.rollout_logp is not None for group in groups for rollout in group)
+        may_drop = (
+            self._method.zero_advantage_is_zero_gradient
+            and self._config.kl_coef == self._config.entropy_coef == 0
+            and self._level in (Level.TOKEN, Level.SEQUENCE)
+        )
+        return [
+            [
+                Sample(
+                    prompt_ids=rollout.train_prompt_ids,
+                    completion_ids=rollout.completion_ids,
+                    token_weight=weight,
+                    loss_mask=rollout.loss_mask,
+                    advantage=rollout.advantage,
+                    reward=rollout.reward,
+                    rollout_logp=rollout.rollout_logp if logp_known else None,
+                )
+                for rollout, weight in ((rollout, next(weights)) for rollout in group)
+                if rollout.scored_tokens and not (may_drop and rollout.zero_advantage)
+            ]
+            for group in groups
+        ]
+
+    def packs(self, samples: Sequence[Sequence[Sample]]) -> list[Packed]:
+        """The microbatches of a batch, on the model's device."""
+        share = self._config.share_prompts
+        kept = [group for group in samples if group]
+        if self._level is Level.BATCH:
+            cut = [kept] if kept else []
+        else:
+            cut = microbatches(
+                kept,
+                self._config.tokens_per_microbatch,
+                share_prompts=share,
+                split_groups=self._level is not Level.GROUP,
+            )
+        return [pack(groups, share_prompts=share).to(self.model.device) for groups in cut]
+
+    def backward(self, packed: Packed) -> Microbatch:
+        """Adds the microbatch's gradient to every parameter."""
+        with self._autocast():
+            found = self._loss(packed)
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        return Microbatch(found.loss.detach(), found.logp, found.metrics)
+
+    def apply(self) -> float:
+        """Clips, updates and forgets the gradient; gives its norm before clipping.
+
+        Raises:
+            FloatingPointError: for a norm that is not finite; the weights are untouched.
+        """
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm)
+        )
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm: wanted a finite number, got {norm}")
+        self.adamw.step()
+        self.adamw.zero_grad()
+        return norm
+
+    def _loss(self, packed: Packed) -> PolicyLossOutput:
+        head = attention.head(self.model)
+        hidden = attention.hidden_states(self.model, packed)
+        return policy_loss(
+            # Not hidden[index]: its backward adds in an order that threads decide.
+            hidden.index_select(0, packed.hidden_index),
+            head.weight,
+            packed.scored,
+            self.objective,
+            bias=head.bias,
+            temperature=self._config.temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            logits_budget=self._config.logits_budget,
+        )
+
+    @torch.no_grad()
+    def _with_reference(self, reference: PreTrainedModel, packed: Packed) -> Packed:
+        head = attention.head(reference)
+        with self._autocast():
+            hidden = attention.hidden_states(reference, packed)
+            found = linear_logprobs(
+                hidden.index_select(0, packed.hidden_index),
+                head.weight,
+                packed.scored.targets,
+                bias=head.bias,
+                temperature=self._config.temperature,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+            )
+        return replace(packed, scored=replace(packed.scored, ref_logp=found.logp))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.model.device.type,
+            dtype=torch.bfloat16,
+            enabled=self._config.precision is Precision.BF16,
+        )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of a training step, from 1: linear warm-up, then the schedule."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - 1 - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    match config.schedule:
+        case Schedule.CONSTANT:
+            return config.learning_rate
+        case Schedule.LINEAR:
+            return config.learning_rate * (1 - progress)
+        case Schedule.COSINE:
+            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def mismatch(packs: Sequence[Packed], logps: Sequence[Tensor]) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the trainer's, over unmasked tokens.
+
+    Args:
+        packs: with or without `rollout_logp`; without, the result is empty.
+        logps: `[T]` each, nats, under the weights that sampled.
+
+    Returns:
+        Mean and maximum of the absolute difference, and the k3 estimate of KL(sampler || trainer).
+    """
+    gap = _gap(packs, logps, "rollout_logp")
+    if gap is None:
+        return {}
+    found = torch.stack([gap.abs().mean(), gap.abs().amax(), (gap.exp() - 1 - gap).mean()])
+    names = ("mismatch_mean", "mismatch_max", "mismatch_kl")
+    return dict(zip(names, found.tolist(), strict=True))
+
+
+def reference_kl(packs: Sequence[Packed], logps: Sequence[Tensor]) -> dict[str, float]:
+    """The k3 estimate of KL(policy || reference), nats per token; empty without a reference."""
+    gap = _gap(packs, logps, "ref_logp")
+    return {} if gap is None else {"ref_kl": float(((-gap).exp() - 1 + gap).mean())}
+
+
+def _gap(packs: Sequence[Packed], logps: Sequence[Tensor], other: str) -> Tensor | None:
+    """`logp - other` of all unmasked tokens, at most 20 either way; None if there are none."""
+    gaps = []
+    for packed, logp in zip(packs, logps, strict=True):
+        value = getattr(packed.scored, other)
+        if value is None:
+            return None
+        gaps.append((logp - value)[packed.scored.weight != 0])
+    return torch.cat(gaps).clamp(-20, 20) if sum(map(len, gaps)) else None
+
+
+def _penalised(objective: Objective, config: TrainConfig) -> Objective:
+    if config.kl_coef > 0:
+        objective = objective + KL3(coef=config.kl_coef)
+    if config.entropy_coef > 0:
+        objective = objective + EntropyBonus(coef=config.entropy_coef)
+    return objective

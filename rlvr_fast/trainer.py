@@ -1,0 +1,287 @@
+"""The training loop, to be read from top to bottom."""
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+
+from rlvr_fast import checkpoint, metrics, models
+from rlvr_fast import config as configs
+from rlvr_fast.config import FREE_ON_RESUME, Precision, TrainConfig
+from rlvr_fast.evaluate import evaluate
+from rlvr_fast.methods import method
+from rlvr_fast.methods.base import Context
+from rlvr_fast.methods.rollouts import Groups
+from rlvr_fast.metrics import RunLog
+from rlvr_fast.optimise import Optimiser
+from rlvr_fast.prompts import Prompts
+from rlvr_fast.rollout import SamplingParams
+from rlvr_fast.rollout.embedded import EmbeddedEngine
+from rlvr_fast.tasks import Task, load_task
+
+DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP32: torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a finished run reports; every number is in `metrics.jsonl` too."""
+
+    run_folder: Path
+    steps: int
+    reward_before: float | None
+    """Greedy, on the evaluation prompts, before the first step."""
+    reward_after: float | None
+    """The same after the last step."""
+    evaluated_on: str
+    """Held-out or training prompts, and how many."""
+    sampled_first: float | None
+    """Mean reward of the completions of step 1; None if nobody could score them."""
+    sampled_last: float | None
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Summary:
+    """A whole run: evaluation, training steps, checkpoints, export to `run_folder/model`.
+
+    Args:
+        config: see `TrainConfig`.
+        resume: go on from the newest checkpoint of `config.run_folder`, or from step 0 if there
+            is none yet. On the CPU the result is the same, bit for bit, as without interruption.
+
+    Raises:
+        ValueError: for a run folder in use (or that holds a run, unless `resume`), and for what a
+            model, task or method refuses.
+        FloatingPointError: for a gradient that is not finite; checkpoints are as they were.
+    """
+    folder = Path(config.run_folder)
+    if not resume and (folder / "config.json").exists():
+        raise ValueError(f"run_folder: wanted one without a run (or --resume it), got {folder}")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with closing(load_task(config.task, config.task_options)) as task:
+        trainer = Trainer(config, task)
+        with checkpoint.hold(folder):
+            checkpoint.write_config(folder, config)
+            done = trainer.restore()
+            with RunLog(
+                folder,
+                step=done,
+                steps=config.steps,
+                tensorboard=config.tensorboard,
+                completions=config.log_completions,
+            ) as log:
+                trainer.run(done, log)
+            trainer.export()
+    return summary(folder, trainer.evaluated_on)
+
+
+def resumed_config(
+    run_folder: Path, name: str | None, overrides: dict[str, str]
+) -> tuple[TrainConfig, list[str]]:
+    """The config to go on with, and one line for each field that differs from the run's own.
+
+    Args:
+        run_folder: of the run.
+        name: a config to take instead of the run's own, as for `config.load`; None: its own.
+        overrides: as for `config.load`.
+
+    Raises:
+        FileNotFoundError: where there is no run.
+        ValueError: for a changed field that `FREE_ON_RESUME` does not list.
+    """
+    own = configs.from_values(checkpoint.read_config(run_folder))
+    base = own if name is None else configs.load(name)
+    new = configs.from_values(configs.to_values(base), {"run_folder": str(run_folder), **overrides})
+    changed = configs.changes(own, new)
+    locked = [line for field, line in changed.items() if field not in FREE_ON_RESUME]
+    if locked:
+        raise ValueError(f"resume: wanted the run's own config, got {'; '.join(locked)}")
+    return new, list(changed.values())
+
+
+class Trainer:
+    """Everything that lives as long as a run."""
+
+    def __init__(self, config: TrainConfig, task: Task) -> None:
+        """Loads the model and builds an engine with the same weights."""
+        self.config, self.task = config, task
+        self.method = method(config.method, config.method_options)
+        if self.method.on_policy_only and config.updates_per_batch > 1:
+            raise ValueError(
+                f"updates_per_batch: wanted 1 for method {config.method}, which has no importance "
+                f"ratio, got {config.updates_per_batch}"
+            )
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        path = models.resolve(config.model)
+        self.model, self.tokenizer = models.load(path, dtype=torch.float32)
+        self.model.to(device)
+        reference = None
+        if config.kl_coef > 0:
+            reference = models.load(path, dtype=torch.float32)[0].to(device).requires_grad_(False)
+        self.optimiser = Optimiser(config, self.method, self.model, reference)
+        self.engine = EmbeddedEngine(path, dtype=DTYPES[config.engine_precision], device=device)
+        self.prompts, self.evaluation = (
+            Prompts(examples, self.tokenizer, system_prompt=config.system_prompt, seed=config.seed)
+            for examples in (task.train, task.evaluation[: config.eval_prompts])
+        )
+        kind = "training" if task.evaluation is task.train else "held-out"
+        self.evaluated_on = f"{len(self.evaluation)} {kind} prompts"
+
+    def restore(self) -> int:
+        """Takes up the newest checkpoint; gives the steps done, 0 without one."""
+        folder = checkpoint.latest(Path(self.config.run_folder))
+        if folder is None:
+            return 0
+        progress = checkpoint.restore(folder, self.model, self.optimiser.adamw)
+        self.method.load_state_dict(progress.method_state)
+        return progress.step
+
+    def run(self, done: int, log: RunLog) -> None:
+        """All steps after `done`, with evaluation, log and checkpoints where they are due."""
+        config = self.config
+        self.sync()
+        if done == 0:
+            log.write(0, self.evaluate())
+        elif done >= config.steps:
+            log.say(f"step {done} of {config.steps} is done already: nothing to train")
+        for step in range(done + 1, config.steps + 1):
+            values, groups = self.step(step)
+            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+                values |= self.evaluate()
+            log.write_completions(step, groups)
+            log.write(step, values)
+            if step == config.steps or step % config.checkpoint_every == 0:
+                self.save(step)
+
+    def step(self, step: int) -> tuple[dict[str, float], Groups]:
+        """One training step, from 1: its metrics and rollouts."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "total"):
+            context = self.context(step, reseed(self.config.seed, step))
+            with _timed(seconds, "generate"):
+                self.engine.wake()
+                prompts = self.method.select_prompts(context)
+                groups = self.method.rollout(context, prompts)
+                self.engine.sleep()
+            with _timed(seconds, "verify"):
+                groups = self.method.verify(context, groups)
+            with _timed(seconds, "update"):
+                groups = self.method.advantages(groups)
+                update = self.optimiser.update(groups, step)
+            with _timed(seconds, "sync"):
+                self.sync()
+        values = rollout_metrics(groups) | update
+        tokens = values["length"] * values["sequences"]
+        values["tokens_per_second"] = tokens / seconds["total"]
+        return values | {f"seconds_{name}": value for name, value in seconds.items()}, groups
+
+    def context(self, step: int, seed: int) -> Context:
+        """What the method's hooks may use in this step."""
+        config = self.config
+        return Context(
+            step=step,
+            task=self.task,
+            prompts=self.prompts,
+            prompts_per_step=config.prompts_per_step,
+            tokenizer=self.tokenizer,
+            engine=self.engine,
+            sampling=SamplingParams(
+                temperature=config.temperature,
+                max_tokens=config.max_completion_tokens,
+                n=config.samples_per_prompt,
+                seed=seed,
+            ),
+        )
+
+    def sync(self) -> None:
+        """The engine generates with the trainer's weights from here on."""
+        # Tied weights under both names: an engine may keep them apart.
+        named = self.model.named_parameters(remove_duplicate=False)
+        self.engine.load_weights((name, parameter.detach()) for name, parameter in named)
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy, on the evaluation prompts."""
+        found = evaluate(
+            self.engine,
+            self.tokenizer,
+            self.task,
+            list(self.evaluation),
+            SamplingParams(temperature=0.0, max_tokens=self.config.max_completion_tokens),
+        )
+        return {
+            "eval_reward": found.reward,
+            "eval_length": found.length,
+            "eval_finished": found.finished,
+            "eval_unscored": float(found.unscored),
+        }
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint of the state after `step`."""
+        progress = checkpoint.Progress(step=step, method_state=self.method.state_dict())
+        checkpoint.save(
+            Path(self.config.run_folder),
+            progress,
+            self.model,
+            self.optimiser.adamw,
+            keep=self.config.keep_checkpoints,
+        )
+
+    def export(self) -> Path:
+        """Writes `run_folder/model` in the config's `precision`."""
+        folder = Path(self.config.run_folder)
+        return checkpoint.export(folder, self.model, self.tokenizer, DTYPES[self.config.precision])
+
+
+def reseed(seed: int, step: int) -> int:
+    """Seeds every random generator from both numbers; gives the seed of the step's sampling."""
+    mixed = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+    return mixed
+
+
+def rollout_metrics(groups: Groups) -> dict[str, float]:
+    """Means over the step's rollouts; rewards over those that somebody could score."""
+    flat = [rollout for group in groups for rollout in group]
+    rewards = [rollout.reward for rollout in flat if rollout.reward is not None]
+    return {
+        "reward": fmean(rewards) if rewards else float("nan"),
+        "unscored": float(len(flat) - len(rewards)),
+        "sequences": float(len(flat)),
+        "length": fmean(len(rollout.completion_ids) for rollout in flat),
+        "finished": fmean(rollout.finished for rollout in flat),
+        "groups_with_signal": fmean(
+            not all(rollout.zero_advantage for rollout in group) for group in groups
+        ),
+    }
+
+
+def summary(folder: Path, evaluated_on: str) -> Summary:
+    """From what the run's `metrics.jsonl` says; None for what it does not."""
+    rows = metrics.read(folder)
+    evaluated = [row["eval_reward"] for row in rows if "eval_reward" in row] or [None]
+    trained = [row["reward"] for row in rows if "reward" in row] or [None]
+    return Summary(
+        run_folder=folder,
+        steps=max((row["step"] for row in rows), default=0),
+        reward_before=evaluated[0],
+        reward_after=evaluated[-1],
+        evaluated_on=evaluated_on,
+        sampled_first=trained[0],
+        sampled_last=trained[-1],
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start

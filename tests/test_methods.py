@@ -1,0 +1,125 @@
+import math
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlvr_fast import config as configs
+from rlvr_fast.methods import METHODS, method
+from rlvr_fast.methods.base import BatchShape
+from rlvr_fast.methods.rollouts import Rollout
+from rlvr_fast.prompts import Prompt
+from rlvr_fast.tasks import Example, load_task
+from rlvr_fast.trainer import Trainer
+
+PROMPT = Prompt(index=0, example=Example("?"), ids=[5])
+SHAPE = BatchShape(
+    seq_lengths=torch.tensor([2, 3, 5]),
+    group_offsets=torch.tensor([0, 1, 3]),
+    max_completion_tokens=8,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small a model is faster without threads, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def group(*rewards):
+    plain = Rollout(
+        prompt=PROMPT,
+        gen_prompt_ids=PROMPT.ids,
+        train_prompt_ids=PROMPT.ids,
+        completion_ids=[6],
+        text="",
+        finished=True,
+    )
+    return [replace(plain, reward=reward) for reward in rewards]
+
+
+def advantages(name, *rewards, **options):
+    (found,) = method(name, options).advantages([group(*rewards)])
+    return [rollout.advantage for rollout in found]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_trains_three_steps(name, tmp_path):
+    updates = 1 if METHODS[name].on_policy_only else 2
+    given = {"method": name, "run_folder": str(tmp_path), "updates_per_batch": updates}
+    config = configs.load("tiny", given)
+    with closing(load_task(config.task, config.task_options)) as task:
+        trainer = Trainer(config, task)
+        trainer.sync()
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+
+        read = [trainer.step(step)[0] for step in (1, 2, 3)]
+
+    assert all(math.isfinite(value) for values in read for value in values.values())
+    assert max(values["grad_norm"] for values in read) > 0
+    assert not all(map(torch.equal, before, trainer.model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    [
+        ("grpo", {}, [1.095443, -0.730295]),
+        ("cispo", {}, [1.095443, -0.730295]),
+        ("gspo", {}, [1.095443, -0.730295]),
+        ("dr_grpo", {}, [0.6, -0.4]),
+        ("reinforce", {}, [0.75, -0.5]),
+        ("reinforce", {"baseline": "group_mean"}, [0.6, -0.4]),
+    ],
+)
+def test_advantages_have_known_values(name, options, wanted):
+    found = advantages(name, 1, 0, 0, 1, 0, **options)
+
+    assert found[:2] == pytest.approx(wanted, abs=2e-6)
+
+
+def test_a_completion_that_nobody_could_score_has_no_advantage_and_no_influence():
+    assert advantages("reinforce", 1.0, None, 0.0) == [1.0, 0.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    [
+        ("grpo", {}, [1 / 6, 1 / 9, 1 / 15]),
+        ("gspo", {}, [1 / 6, 1 / 9, 1 / 15]),
+        ("grpo", {"aggregation": "token_mean"}, [0.1] * 3),
+        ("cispo", {}, [0.1] * 3),
+        ("reinforce", {}, [0.1] * 3),
+        ("dr_grpo", {}, [1 / 24] * 3),
+        ("dr_grpo", {"length": 2}, [1 / 6] * 3),
+    ],
+)
+def test_token_weights_have_known_values(name, options, wanted):
+    assert method(name, options).seq_weights(SHAPE).tolist() == pytest.approx(wanted)
+
+
+def test_an_unknown_method_names_the_nearest():
+    with pytest.raises(ValueError, match=r"^unknown method drgrpo; the nearest is dr_grpo$"):
+        method("drgrpo", {})
+
+
+def test_an_unknown_option_names_the_nearest():
+    message = r"^unknown option of method grpo clip_hi; the nearest is clip_high$"
+    with pytest.raises(ValueError, match=message):
+        method("grpo", {"clip_hi": 0.3})
+
+
+def test_an_option_that_cannot_be_names_wanted_and_got():
+    with pytest.raises(ValueError, match=r"^clip_low: wanted >= 0, got -0.2$"):
+        method("grpo", {"clip_low": -0.2})
+
+
+def test_a_method_without_a_ratio_refuses_a_second_update(tmp_path):
+    given = {"method": "reinforce", "run_folder": str(tmp_path), "updates_per_batch": 2}
+    config = configs.load("tiny", given)
+    with closing(load_task(config.task, config.task_options)) as task:
+        with pytest.raises(ValueError, match=r"^updates_per_batch: wanted 1 for method reinforce"):
+            Trainer(config, task)

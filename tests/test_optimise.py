@@ -1,0 +1,227 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlvr_fast import config as configs
+from rlvr_fast import models
+from rlvr_fast.methods import method
+from rlvr_fast.methods.rollouts import Rollout
+from rlvr_fast.optimise import Optimiser, learning_rate
+from rlvr_fast.prompts import Prompt
+from rlvr_fast.tasks import Example
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def one_thread():
+    """So small a model is faster without threads, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+ADVANTAGES = [[0.5, -1.0, 0.0, 2.0], [0.0, 0.0], [1.5, -0.5, 0.0]]
+
+
+def rollouts(seed=0):
+    """Groups of unequal sizes, lengths and advantages over the tiny model's vocabulary."""
+    torch.manual_seed(seed)
+    groups = []
+    for g, advantages in enumerate(ADVANTAGES):
+        ids = torch.randint(4, 100, (3 + 5 * g,)).tolist()
+        prompt = Prompt(index=g, example=Example("?"), ids=ids)
+        groups.append([])
+        for advantage in advantages:
+            length = int(torch.randint(1, 9, ()))
+            groups[-1].append(
+                Rollout(
+                    prompt=prompt,
+                    gen_prompt_ids=ids,
+                    train_prompt_ids=ids,
+                    completion_ids=torch.randint(4, 100, (length,)).tolist(),
+                    text="",
+                    finished=True,
+                    rollout_logp=[-4.0] * length,
+                    reward=advantage,
+                    advantage=advantage,
+                )
+            )
+    return groups
+
+
+def optimiser(name="grpo", **overrides):
+    config = configs.load("tiny", {"precision": "fp32", "method": name, **overrides})
+    path = models.resolve("tiny")
+    reference = models.load(path)[0] if config.kl_coef else None
+    return Optimiser(config, method(name, config.method_options), models.load(path)[0], reference)
+
+
+def gradient(optimiser, groups):
+    """Of one batch, as one vector."""
+    for packed in optimiser.packs(optimiser.samples(groups)):
+        optimiser.backward(packed)
+    found = torch.cat([p.grad.flatten() for p in optimiser.model.parameters()])
+    optimiser.adamw.zero_grad()
+    return found
+
+
+def assert_same(found, wanted):
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "reinforce", "cispo", "gspo"])
+def test_dropping_sequences_without_gradient_changes_no_gradient(name):
+    dropping, keeping = optimiser(name), optimiser(name)
+    object.__setattr__(keeping._method, "zero_advantage_is_zero_gradient", False)
+    groups = rollouts()
+
+    counts = [sum(map(len, o.samples(groups))) for o in (dropping, keeping)]
+
+    assert counts == [5, 9]
+    assert_same(gradient(dropping, groups), gradient(keeping, groups))
+
+
+@pytest.mark.parametrize("budget", [1, 20, 30])
+@pytest.mark.parametrize("name", ["grpo", "reinforce", "gspo"])
+def test_the_microbatch_budget_changes_no_gradient(name, budget):
+    whole, cut = optimiser(name), optimiser(name, tokens_per_microbatch=budget)
+    groups = rollouts()
+
+    assert len(cut.packs(cut.samples(groups))) > 1
+    assert_same(gradient(cut, groups), gradient(whole, groups))
+
+
+def test_the_order_of_groups_and_rollouts_changes_no_gradient():
+    plain = optimiser(tokens_per_microbatch=20)
+    groups = rollouts()
+    turned = [group[::-1] for group in groups[::-1]]
+
+    assert_same(gradient(plain, turned), gradient(plain, groups))
+
+
+def test_sharing_prompts_changes_no_gradient():
+    shared, repeated = optimiser(share_prompts=True), optimiser(share_prompts=False)
+
+    assert_same(gradient(shared, rollouts()), gradient(repeated, rollouts()))
+
+
+def test_masked_tokens_count_in_no_mean_and_have_no_gradient():
+    groups = rollouts()
+    first = groups[0][0]
+    longer = replace(
+        first,
+        completion_ids=[*first.completion_ids, 7, 8],
+        rollout_logp=[*first.rollout_logp, -4.0, -4.0],
+        loss_mask=[1] * len(first.completion_ids) + [0, 0],
+    )
+
+    masked = gradient(optimiser(), [[longer, *groups[0][1:]], *groups[1:]])
+
+    assert_same(masked, gradient(optimiser(), groups))
+
+
+@pytest.mark.parametrize("setting", ["kl_coef", "entropy_coef"])
+def test_a_term_without_advantage_keeps_every_sequence(setting):
+    penalised = optimiser(**{setting: 0.1})
+
+    assert sum(map(len, penalised.samples(rollouts()))) == 9
+
+
+def test_the_entropy_bonus_changes_the_gradient_and_raises_the_entropy():
+    groups = [[replace(rollout, advantage=0.0) for rollout in group] for group in rollouts()]
+    bonus = optimiser(entropy_coef=1.0, updates_per_batch=2, learning_rate=1e-3)
+
+    before, after = (bonus.update(groups, step=1)["entropy"] for _ in range(2))
+
+    assert after > before
+
+
+def test_the_kl_to_the_reference_starts_at_zero_and_the_penalty_holds_it_down():
+    free, held = (
+        optimiser(kl_coef=kl_coef, learning_rate=1e-3, updates_per_batch=3)
+        for kl_coef in (1e-9, 10.0)
+    )
+
+    started, _ = (o.update(rollouts(), step=1)["ref_kl"] for o in (free, held))
+    drifted, kept = (o.update(rollouts(), step=2)["ref_kl"] for o in (free, held))
+
+    assert abs(started) < 1e-6
+    assert 0 <= kept < 0.5 * drifted
+
+
+def test_only_updates_after_the_first_are_off_policy():
+    one, two = optimiser(), optimiser(updates_per_batch=2, learning_rate=1e-2)
+
+    first, second = one.update(rollouts(), step=1), two.update(rollouts(), step=1)
+
+    assert first["ratio_min"] == first["ratio_max"] == 1
+    assert second["ratio_min"] < 1 < second["ratio_max"]
+
+
+def test_old_log_probabilities_are_those_of_the_first_pass():
+    groups = rollouts()
+    two = optimiser("cispo", updates_per_batch=2, learning_rate=1e-2)
+    alone = optimiser("cispo", learning_rate=1e-2)
+    (packed,) = alone.packs(alone.samples(groups))
+    old = alone.backward(packed).logp
+    alone.apply()
+    alone.backward(replace(packed, scored=replace(packed.scored, old_logp=old)))
+    alone.apply()
+
+    two.update(groups, step=1)
+
+    for mine, theirs in zip(two.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_mismatch_to_the_sampler_is_measured():
+    trained = optimiser("reinforce")
+    exact = trained.packs(trained.samples(rollouts()))
+    logp = torch.cat([trained.backward(packed).logp for packed in exact])
+
+    read = trained.update(rollouts(), step=1)
+
+    gap = (logp + 4.0).double()
+    assert read["mismatch_mean"] == pytest.approx(float(gap.abs().mean()), rel=1e-4)
+    assert read["mismatch_max"] == pytest.approx(float(gap.abs().max()), rel=1e-4)
+    assert read["mismatch_kl"] == pytest.approx(float((gap.exp() - 1 - gap).mean()), rel=1e-3)
+
+
+def test_a_batch_without_any_gradient_changes_no_weight():
+    idle = optimiser()
+    before = [p.detach().clone() for p in idle.model.parameters()]
+    groups = [[replace(rollout, advantage=0.0) for rollout in group] for group in rollouts()]
+
+    read = idle.update(groups, step=1)
+
+    assert read == {"learning_rate": idle._config.learning_rate, "microbatches": 0.0}
+    assert all(map(torch.equal, before, idle.model.parameters()))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_touches_a_weight():
+    broken = optimiser()
+    before = [p.detach().clone() for p in broken.model.parameters()]
+    groups = [[replace(r, advantage=float("inf")) for r in group] for group in rollouts()]
+
+    with pytest.raises(FloatingPointError, match=r"^gradient norm: wanted a finite number"):
+        broken.update(groups, step=1)
+
+    assert all(map(torch.equal, before, broken.model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, rates):
+    given = {"steps": 6, "warmup_steps": 2, "learning_rate": 1.0, "schedule": schedule}
+    config = configs.load("tiny", given)
+
+    assert [learning_rate(config, step) for step in range(1, 7)] == pytest.approx(rates, rel=1e-5)

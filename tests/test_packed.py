@@ -1,0 +1,117 @@
+"""The one batch type, and what `pack` lays down."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlvr_fast.packed import Sample, ScoredTokens, pack
+
+GROUPS = [
+    [
+        Sample(prompt_ids=[1, 2, 3], completion_ids=[4, 5], token_weight=0.5, reward=1.0),
+        Sample(prompt_ids=[1, 2, 3], completion_ids=[6], token_weight=0.25, reward=None),
+    ],
+    [Sample(prompt_ids=[7], completion_ids=[8, 9], token_weight=0.5, reward=0.0)],
+]
+
+
+def test_a_shared_prompt_is_laid_down_once_and_every_completion_continues_from_it():
+    packed = pack(GROUPS)
+    assert packed.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
+    assert packed.cu_seqlens.tolist() == [0, 3, 5, 6, 7, 9]
+    assert packed.block_offsets.tolist() == [0, 3, 5]
+    assert packed.hidden_index.tolist() == [2, 3, 2, 6, 7]
+    assert packed.scored.targets.tolist() == [4, 5, 6, 8, 9]
+    assert packed.scored.weight.tolist() == [0.5, 0.5, 0.25, 0.5, 0.5]
+    assert packed.scored.seq_offsets.tolist() == [0, 2, 3, 5]
+    assert packed.scored.group_offsets.tolist() == [0, 2, 3]
+
+
+def test_without_sharing_every_sample_carries_its_prompt():
+    packed = pack(GROUPS, share_prompts=False)
+    assert packed.input_ids.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 9]
+    assert packed.block_offsets.tolist() == [0, 2, 4, 6]
+    assert packed.hidden_index.tolist() == [2, 3, 7, 9, 10]
+    assert torch.equal(packed.scored.targets, pack(GROUPS).scored.targets)
+
+
+def test_samples_of_a_group_with_different_prompts_are_not_shared():
+    group = [
+        Sample(prompt_ids=[1, 2], completion_ids=[3]),
+        Sample(prompt_ids=[1, 4], completion_ids=[5]),
+    ]
+    assert pack([group]).input_ids.tolist() == [1, 2, 3, 1, 4, 5]
+
+
+def test_an_unscorable_reward_becomes_nan_and_none_at_all_stays_none():
+    assert pack(GROUPS).scored.rewards[1].isnan()
+    unscored = [[replace(sample, reward=None) for sample in group] for group in GROUPS]
+    assert pack(unscored).scored.rewards is None
+
+
+def test_a_loss_mask_sets_weights_to_zero():
+    sample = replace(GROUPS[0][0], loss_mask=[0, 1])
+    assert pack([[sample]]).scored.weight.tolist() == [0.0, 0.5]
+
+
+def test_an_advantage_may_be_one_number_or_one_per_token():
+    one, many = (replace(GROUPS[0][0], advantage=a) for a in (2.0, [1.0, 3.0]))
+    assert pack([[one, many]]).scored.advantage.tolist() == [2.0, 2.0, 1.0, 3.0]
+
+
+def test_an_empty_completion_scores_nothing():
+    packed = pack([[replace(GROUPS[0][0], completion_ids=[])]])
+    assert packed.input_ids.tolist() == [1, 2, 3]
+    assert packed.scored.num_tokens == 0
+    assert packed.scored.seq_offsets.tolist() == [0, 0]
+
+
+def test_nothing_packs_to_nothing():
+    packed = pack([])
+    assert packed.scored.num_tokens == packed.scored.num_sequences == 0
+
+
+def test_expand_gives_every_token_the_value_of_its_sequence():
+    values = pack(GROUPS).scored.expand(torch.tensor([1.0, 2.0, 3.0]))
+    assert values.tolist() == [1.0, 1.0, 2.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (replace(GROUPS[0][0], prompt_ids=[]), "prompt_ids: wanted at least one token"),
+        (replace(GROUPS[0][0], loss_mask=[1]), "loss_mask: wanted one value per completion token"),
+        (replace(GROUPS[0][0], old_logp=[0.0] * 3), "old_logp: wanted one value per completion"),
+    ],
+)
+def test_a_sample_that_does_not_fit_is_refused(sample, message):
+    with pytest.raises(ValueError, match=message):
+        pack([[sample]])
+
+
+def test_a_field_on_some_samples_only_is_refused():
+    group = [replace(GROUPS[0][0], old_logp=[0.0, 0.0]), GROUPS[0][1]]
+    with pytest.raises(ValueError, match="old_logp: wanted it on every sample or on none"):
+        pack([group])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"targets": torch.zeros(3)}, r"targets: wanted int64 \[T\]"),
+        ({"weight": torch.ones(2)}, r"weight: wanted floating point \[3\]"),
+        ({"old_logp": torch.zeros(3, dtype=torch.int64)}, "old_logp: wanted floating point"),
+        ({"extras": {"gate": torch.zeros(1)}}, r"extras\['gate'\]: wanted floating point \[3\]"),
+        ({"seq_offsets": torch.tensor([0, 2])}, "seq_offsets: wanted ascending from 0 to 3"),
+        ({"seq_offsets": torch.tensor([0, 3], dtype=torch.int32)}, "seq_offsets: wanted int64"),
+        ({"group_offsets": torch.tensor([0, 1])}, "group_offsets: wanted seq_offsets beside it"),
+        ({"rewards": torch.zeros(1)}, r"rewards: wanted \[0\] and seq_offsets"),
+        ({"advantage": torch.zeros(2)}, r"advantage: wanted \[3\] or \[0\]"),
+    ],
+)
+def test_fields_that_do_not_fit_each_other_are_refused(fields, message):
+    valid = {"targets": torch.zeros(3, dtype=torch.int64), "weight": torch.ones(3)}
+    with pytest.raises(ValueError, match=message):
+        ScoredTokens(**(valid | fields))
