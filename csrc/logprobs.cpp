@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "vector_math.h"
 
@@ -20,54 +21,70 @@ RLVR_INLINE float transformed(float x, Transform transform) {
   return HasCap ? transform.cap * tanh_bounded(scaled / transform.cap) : scaled;
 }
 
-template <class T>
-RLVR_CLONES float greatest(const T* row, std::int64_t size) {
-  float top = -INFINITY;
-#pragma omp simd reduction(max : top)
-  for (std::int64_t v = 0; v < size; ++v) top = std::max(top, to_float(row[v]));
-  return top;
-}
-
 struct ExpSums {
-  double exp = 0.0;      // sum exp(z - top)
-  double shifted = 0.0;  // sum exp(z - top) * (z - top)
+  float top = -std::numeric_limits<float>::max();  // finite: a block of -inf must not give NaN
+  double exp = 0.0;                                // sum exp(z - top)
+  double shifted = 0.0;                            // sum exp(z - top) * (z - top)
+
+  // As if all sums had been taken relative to a greater `new_top`.
+  void raise(float new_top) {
+    if (!(new_top > top)) return;
+    if (exp > 0.0) {
+      const double drop = static_cast<double>(top) - new_top;
+      const double keep = std::exp(drop);
+      shifted = (shifted + exp * drop) * keep;
+      exp *= keep;
+    }
+    top = new_top;
+  }
 };
 
+// One read of the row: a block is transformed into a buffer that stays in the first cache.
 template <class T, bool HasCap>
-RLVR_CLONES void add_exp_sums(const T* row, std::int64_t size, Transform transform, float top,
-                              ExpSums& sums) {
-  for (std::int64_t start = 0; start < size; start += kBlock) {
-    const std::int64_t stop = std::min(start + kBlock, size);
-    float exp_sum = 0.0f, shifted_sum = 0.0f;
-#pragma omp simd reduction(+ : exp_sum, shifted_sum)
-    for (std::int64_t v = start; v < stop; ++v) {
-      const float z = transformed<HasCap>(to_float(row[v]), transform) - top;
-      const float shifted = z < kLowest ? kLowest : z;
-      const float e = exp_nonpositive(shifted);
-      exp_sum += e;
-      shifted_sum += e * shifted;
-    }
-    sums.exp += exp_sum;
-    sums.shifted += shifted_sum;
+RLVR_CLONES void add_block(const T* row, std::int64_t size, Transform transform, ExpSums& sums) {
+  alignas(64) float z[kBlock];
+  float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+  for (std::int64_t v = 0; v < size; ++v) {
+    z[v] = transformed<HasCap>(to_float(row[v]), transform);
+    top = std::max(top, z[v]);
   }
+  sums.raise(top);
+  top = sums.top;
+  float exp_sum = 0.0f, shifted_sum = 0.0f;
+#pragma omp simd reduction(+ : exp_sum, shifted_sum)
+  for (std::int64_t v = 0; v < size; ++v) {
+    const float d = z[v] - top;
+    const float shifted = d < kLowest ? kLowest : d;
+    const float e = exp_nonpositive(shifted);
+    exp_sum += e;
+    shifted_sum += e * shifted;
+  }
+  sums.exp += exp_sum;
+  sums.shifted += shifted_sum;
 }
 
 template <class T, bool HasCap>
 void row_fwd(const T* row, std::int64_t vocab_size, std::int64_t target, Transform transform,
              const RowStats& stats, std::int64_t t) {
-  const float top = transformed<HasCap>(greatest(row, vocab_size), transform);
+  // The target is left out of the sums, so that a sure token keeps its last digits below 0.
   ExpSums others;
-  add_exp_sums<T, HasCap>(row, target, transform, top, others);
-  add_exp_sums<T, HasCap>(row + target + 1, vocab_size - target - 1, transform, top, others);
-  const double z = transformed<HasCap>(to_float(row[target]), transform) - top;
-  const double shifted = z < kLowest ? kLowest : z;
+  const std::int64_t bounds[] = {0, target, target + 1, vocab_size};
+  for (const int part : {0, 2}) {
+    for (std::int64_t v = bounds[part]; v < bounds[part + 1]; v += kBlock) {
+      add_block<T, HasCap>(row + v, std::min(kBlock, bounds[part + 1] - v), transform, others);
+    }
+  }
+  const float z = transformed<HasCap>(to_float(row[target]), transform);
+  others.raise(z);
+  const double d = static_cast<double>(z) - others.top;
+  const double shifted = d < kLowest ? kLowest : d;
   const double e = std::exp(shifted);
   const double total = others.exp + e;
-  // The target is left out of the sum, so that a sure token keeps its last digits below 0.
   const double log_total = shifted == 0.0 ? std::log1p(others.exp) : std::log(total);
   stats.logp[t] = static_cast<float>(shifted - log_total);
   stats.entropy[t] = static_cast<float>(log_total - (others.shifted + e * shifted) / total);
-  stats.top[t] = top;
+  stats.top[t] = others.top;
   stats.log_total[t] = static_cast<float>(log_total);
 }
 

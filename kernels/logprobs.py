@@ -168,7 +168,7 @@ def logprobs_fwd_kernel(
 ):
     t = tl.program_id(0).to(tl.int64)  # T * V passes 2**31 at 16k tokens of a 150k vocabulary
     row_ptr = logits_ptr + t * row_stride
-    target = tl.load(targets_ptr + t)
+    target = tl.load(targets_ptr + t).to(tl.int32)
 
     logp, entropy, top, log_total = row_stats(
         row_ptr, target, vocab_size, scale, cap, HAS_CAP, BLOCK_V
@@ -207,7 +207,7 @@ def logprobs_bwd_kernel(
     if dentropy_ptr is not None:
         dentropy = tl.load(dentropy_ptr + t)
     write_grad(
-        logits_ptr + t * row_stride, out_ptr + t * out_stride, tl.load(targets_ptr + t), vocab_size,
+        logits_ptr + t * row_stride, out_ptr + t * out_stride, tl.load(targets_ptr + t).to(tl.int32), vocab_size,
         stats, tl.load(dlogp_ptr + t), dentropy, scale, cap,
         dentropy_ptr is not None, HAS_CAP, BLOCK_V,
     )  # fmt: skip

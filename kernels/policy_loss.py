@@ -60,7 +60,7 @@ def policy_loss_kernel(
 ):
     t = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + t * logits_stride
-    target = tl.load(targets_ptr + t)
+    target = tl.load(targets_ptr + t).to(tl.int32)
     scale, cap = transform
     stats = row_stats(row_ptr, target, vocab_size, scale, cap, HAS_CAP, BLOCK_V)
     logp, entropy, _, _ = stats

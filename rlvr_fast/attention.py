@@ -69,6 +69,8 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
     Cost: linear layers over `N` tokens; attention over each sequence, with the keys of a shared
         prompt computed once.
     """
+    if not len(packed.input_ids):
+        raise ValueError("packed: wanted at least one token, got none")
     plan = plan_blocks(packed)
     return run(model, packed.input_ids, packed.position_ids, plan, longest=plan.longest)
 
@@ -171,11 +173,22 @@ def _attention(
     return output, None
 
 
+class _Rectangle(NamedTuple):
+    """One SDPA call over `C` sequences; surplus places repeat a row of the same sequence."""
+
+    queries: Tensor
+    """`[C, q]` int64, rows of the pack."""
+    keys: Tensor
+    """`[C, k]` int64, rows of the pack."""
+    mask: Tensor | None
+    """`[C, 1, q, k]` bool; None for plain causal."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockPlan:
     """The attention of one pack, see `plan_blocks`."""
 
-    rectangles: tuple["_Rectangle", ...]
+    rectangles: Sequence[_Rectangle]
     output_rows: Tensor
     """`[N]` int64: where in the rectangles' queries, laid end to end, each token stands."""
     longest: int
@@ -186,23 +199,11 @@ class BlockPlan:
     ) -> Tensor:
         device = value.device.type
         # On the CPU, SDPA is two to three times as fast in fp32 as in bf16, casts included.
-        dtype = torch.float32 if device == "cpu" else value.dtype
+        dtype = torch.promote_types(value.dtype, torch.float32) if device == "cpu" else value.dtype
         with torch.autocast(device, enabled=False):
             rows = [x[0].transpose(0, 1).to(dtype) for x in (query, key, value)]
             outputs = [_sdpa(r, *rows, scale=scale, dropout=dropout) for r in self.rectangles]
             return _gather(torch.cat(outputs), self.output_rows)[None].to(value.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rectangle:
-    """One SDPA call over `C` sequences; surplus places repeat a row of the same sequence."""
-
-    queries: Tensor
-    """`[C, q]` int64, rows of the pack."""
-    keys: Tensor
-    """`[C, k]` int64, rows of the pack."""
-    mask: Tensor | None
-    """`[C, 1, q, k]` bool; None for plain causal."""
 
 
 def _sdpa(
@@ -215,14 +216,8 @@ def _sdpa(
     dropout: float,
 ) -> Tensor:
     num_keys, ratio = key.shape[1], query.shape[1] // key.shape[1]
-    q, k, v = (
-        _gather(rows, index).transpose(1, 2)
-        for rows, index in (
-            (query, rectangle.queries),
-            (key, rectangle.keys),
-            (value, rectangle.keys),
-        )
-    )
+    q = _gather(query, rectangle.queries).transpose(1, 2)
+    k, v = (_gather(rows, rectangle.keys).transpose(1, 2) for rows in (key, value))
     mask = rectangle.mask
     if mask is None:
         k, v = (x.repeat_interleave(ratio, 1) for x in (k, v))
@@ -233,13 +228,14 @@ def _sdpa(
     output = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
     )
-    heads_first = output.unflatten(2, (-1, rectangle.queries.shape[1])).flatten(1, 2)
-    return heads_first.transpose(1, 2).flatten(0, 1)
+    heads: Tensor = output.unflatten(2, (-1, rectangle.queries.shape[1])).flatten(1, 2)
+    return heads.transpose(1, 2).flatten(0, 1)
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
     """`rows[index]` over the first dimension; an embedding's backward is the fast one."""
-    return F.embedding(index, rows.flatten(1)).unflatten(-1, rows.shape[1:])
+    gathered: Tensor = F.embedding(index, rows.flatten(1)).unflatten(-1, rows.shape[1:])
+    return gathered
 
 
 class _Sequence(NamedTuple):
@@ -256,6 +252,7 @@ def plan_blocks(packed: Packed) -> BlockPlan:
 
     A prompt is a causal sequence of its own, and so is a prompt with an only completion.
     """
+    device = packed.input_ids.device
     sequences = list(_sequences(packed))
     plain = [s for s in sequences if s.prompt_length == 0]
     branches = [s for s in sequences if s.prompt_length > 0]
@@ -269,12 +266,10 @@ def plan_blocks(packed: Packed) -> BlockPlan:
         real = torch.arange(queries.shape[1]) < lengths[:, None]
         output_rows[queries[real]] = offset + real.flatten().nonzero().squeeze(1)
         offset += queries.numel()
-        rectangles.append(_to(rectangle, packed.input_ids.device))
-    return BlockPlan(
-        rectangles=tuple(rectangles),
-        output_rows=output_rows.to(packed.input_ids.device),
-        longest=max((s.prompt_length + s.length for s in sequences), default=0),
-    )
+        mask = None if rectangle.mask is None else rectangle.mask.to(device)
+        rectangles.append(_Rectangle(queries.to(device), rectangle.keys.to(device), mask))
+    longest = max((s.prompt_length + s.length for s in sequences), default=0)
+    return BlockPlan(rectangles=rectangles, output_rows=output_rows.to(device), longest=longest)
 
 
 def _sequences(packed: Packed) -> Iterator[_Sequence]:
@@ -324,12 +319,3 @@ def _rectangle(bucket: Sequence[_Sequence]) -> _Rectangle:
         dim=2,
     )
     return _Rectangle(queries=queries, keys=torch.cat([prompt, queries], 1), mask=mask[:, None])
-
-
-def _to(rectangle: _Rectangle, device: torch.device) -> _Rectangle:
-    mask = rectangle.mask
-    return _Rectangle(
-        queries=rectangle.queries.to(device, non_blocking=True),
-        keys=rectangle.keys.to(device, non_blocking=True),
-        mask=None if mask is None else mask.to(device, non_blocking=True),
-    )

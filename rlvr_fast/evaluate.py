@@ -104,7 +104,9 @@ def evaluate_model(model: str, config: EvalConfig) -> dict[str, Any]:
         ValueError: for what the model or task refuses, and for an impossible k.
     """
     with closing(load_task(config.task, config.task_options)) as task:
-        engine, tokenizer = load_engine(model, config.precision, config.device)
+        path = models.resolve(model)
+        engine = EmbeddedEngine(path, dtype=DTYPES[config.precision], device=device(config.device))
+        tokenizer = models.load_tokenizer(path)
         prompts = Prompts(
             task.evaluation[: config.prompts], tokenizer, system_prompt=config.system_prompt
         )

@@ -120,7 +120,7 @@ def load(
     return model, AutoTokenizer.from_pretrained(path)
 
 
-def _written(folder: Path, write: Callable[[Path], None]) -> Path:
+def _written(folder: Path, write: Callable[[Path], object]) -> Path:
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder: wanted a new or empty one, got {folder}")
@@ -149,7 +149,7 @@ def _smollm2_135m(staging: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # Without these three the folder would claim to be quantised.
     del model.config.quantization_config
-    model.is_quantized, model.hf_quantizer = False, None
+    model.__dict__.update(is_quantized=False, hf_quantizer=None)
     model.save_pretrained(staging)
     # GGUF only names SmolLM's pre-tokenizer and transformers falls back to GPT-2's, which splits
     # the spaces before a digit in a way the model was never trained on.

@@ -220,7 +220,7 @@ def mismatch(packs: Sequence[Packed], logps: Sequence[Tensor]) -> dict[str, floa
     gap = _gap(packs, logps, "rollout_logp")
     if gap is None:
         return {}
-    found = torch.stack([gap.abs().mean(), gap.abs().amax(), (gap.exp() - 1 - gap).mean()])
+    found = torch.stack([gap.abs().mean(), gap.abs().amax(), (gap.expm1() - gap).mean()])
     names = ("mismatch_mean", "mismatch_max", "mismatch_kl")
     return dict(zip(names, found.tolist(), strict=True))
 
@@ -228,7 +228,7 @@ def mismatch(packs: Sequence[Packed], logps: Sequence[Tensor]) -> dict[str, floa
 def reference_kl(packs: Sequence[Packed], logps: Sequence[Tensor]) -> dict[str, float]:
     """The k3 estimate of KL(policy || reference), nats per token; empty without a reference."""
     gap = _gap(packs, logps, "ref_logp")
-    return {} if gap is None else {"ref_kl": float(((-gap).exp() - 1 + gap).mean())}
+    return {} if gap is None else {"ref_kl": float(((-gap).expm1() + gap).mean())}
 
 
 def _gap(packs: Sequence[Packed], logps: Sequence[Tensor], other: str) -> Tensor | None:

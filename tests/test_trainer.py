@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlvr_fast import config as configs
-from rlvr_fast import metrics
+from rlvr_fast import metrics, models
 from rlvr_fast.prompts import Prompts
 from rlvr_fast.tasks import Example, Task, load_task
 from rlvr_fast.trainer import Trainer, train
@@ -120,9 +120,7 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path):
 
 
 def test_chats_get_the_system_prompt_and_plain_prompts_refuse_it():
-    tokenizer = Trainer.__init__.__globals__["models"].load(
-        Trainer.__init__.__globals__["models"].resolve("tiny")
-    )[1]
+    tokenizer = models.load(models.resolve("tiny"))[1]
     chat = [Example([{"role": "user", "content": "hi"}])]
 
     (prompt,) = Prompts(chat, tokenizer, system_prompt="be kind")
@@ -133,8 +131,6 @@ def test_chats_get_the_system_prompt_and_plain_prompts_refuse_it():
 
 
 def test_every_epoch_visits_every_prompt_once_in_its_own_order():
-    from rlvr_fast import models
-
     tokenizer = models.load(models.resolve("tiny"))[1]
     prompts = Prompts([Example(str(n)) for n in range(10)], tokenizer, seed=3)
 

@@ -82,10 +82,11 @@ def fused_rows(
     results = torch.empty(5, num_tokens, dtype=torch.float32, device=logits.device)
     others = [_wanted(name, getattr(fields, name)) for name in traced.other_fields]
     others += [_wanted(f"extras[{name!r}]", fields.extras.get(name)) for name in traced.extras]
-    own_advantage = fields.advantage if "advantage" in traced.reads else None
-    needs_groups = "advantage" in traced.reads and own_advantage is None
-    if needs_groups:
+    advantage = fields.advantage if "advantage" in traced.reads else None
+    if "advantage" in traced.reads and advantage is None:
         groups = _wanted("advantage (or rewards with both offsets)", groups)
+    else:
+        groups = None
     if num_tokens == 0:
         return results
     policy_loss_kernel[(num_tokens,)](
@@ -99,13 +100,13 @@ def fused_rows(
         0 if out is None else out.stride(0),
         (scale, cap),
         _contiguous(fields.old_logp if "old_logp" in traced.reads else None),
-        _contiguous(own_advantage),
+        _contiguous(advantage),
         tuple(x.contiguous() for x in (fields.weight, *others)),
         traced.scalars(objective) or (0.0,),  # an empty tuple is no kernel argument
-        groups.arguments() if groups is not None and needs_groups else None,
+        None if groups is None else groups.arguments(),
         OBJECTIVE=device_function(traced.source),
         ENTROPY=traced.reads_entropy,
-        KIND=groups.normalisation.scale.value if groups is not None and needs_groups else 0,
+        KIND=None if groups is None else groups.normalisation.scale.value,
         HAS_CAP=cap > 0,
         **row_launch(vocab_size),
     )

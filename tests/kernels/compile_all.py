@@ -1,0 +1,159 @@
+"""Compiles every kernel for one GPU that need not be there: `python compile_all.py 90`.
+
+Prints a line of JSON for each: registers, stack, wide loads. The launchers run as they are; only
+the driver is made up, and a launch becomes a compilation.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from rlvr_fast.objectives import (
+    ClippedSurrogate,
+    DynamicClipSurrogate,
+    EntropyBonus,
+    KL3,
+    Objective,
+    PolicyGradient,
+)
+from rlvr_fast.ops import group_advantages, logprobs
+from rlvr_fast.ops.fused_rows import GroupRewards, fused_rows
+from rlvr_fast.ops.group_advantages import GroupNormalisation, Scale
+from rlvr_fast.tracing.tokens import TokenFields
+from rlvr_fast.tracing.trace import trace
+
+VOCAB, STRIDE = 151_665, 151_680  # odd, in aligned rows: the loads must stay wide
+compiled = []
+launch = JITFunction.run
+
+
+@dataclass(frozen=True)
+class NoDevice:
+    architecture: int
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+
+
+def variants(kernel) -> int:
+    return len(kernel.device_caches[0][0])
+
+
+def measured(name: str) -> dict[str, object]:
+    kernel = compiled.pop()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = output(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        sass = output(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "kernel": f"{kernel.metadata.name} {name}",
+        "registers": int(found["REG"]),
+        "stack": int(found["STACK"]) + int(found["LOCAL"]),
+        "wide_loads": len(re.findall(r"LDG\.E\S*\.128", sass)),
+    }
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def rows(dtype: torch.dtype, num_tokens: int = 2):
+    logits = torch.zeros(num_tokens, STRIDE, dtype=dtype)[:, :VOCAB]
+    return logits, torch.zeros(num_tokens, dtype=torch.int64)
+
+
+def logprob_kernels():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for cap in (0.0, 30.0):
+            logits, targets = rows(dtype)
+            stats = logprobs.triton(logits, targets, 1.0, cap)
+            yield measured(f"{dtype} {cap}")
+            for dentropy in (None, stats[1]):
+                logprobs.triton_grad(
+                    logits, targets, stats, stats[0], dentropy, 1.0, cap, logits
+                )
+                yield measured(f"{dtype} {cap} {dentropy is not None}")
+
+
+def group_kernels():
+    for scale in Scale:
+        group_advantages.triton(torch.zeros(4), torch.tensor([0, 4]), scale.value, 1, 1e-6)
+        yield measured(scale.name)
+
+
+def fused(objective: Objective, dtype: torch.dtype, num_tokens: int = 2, *, eps: float = 1e-6,
+          ddof: int = 1, temperature: float = 1.0, groups: bool = False, narrow: bool = False):  # fmt: skip
+    logits, targets = rows(dtype, num_tokens)
+    floats = torch.zeros(num_tokens)
+    fields = TokenFields(
+        weight=floats, old_logp=floats, ref_logp=floats, extras={},
+        advantage=None if groups else floats,
+    )  # fmt: skip
+    rewards = GroupRewards(
+        rewards=torch.zeros(4),
+        group_offsets=torch.tensor([0, 4]),
+        seq_of_token=torch.zeros(num_tokens, dtype=torch.int32),
+        group_of_seq=torch.zeros(4, dtype=torch.int32),
+        normalisation=GroupNormalisation(eps=eps, ddof=ddof),
+    )
+    out = logits.view(torch.bfloat16)[:, :VOCAB] if narrow else logits
+    fused_rows(logits, targets, fields, rewards if groups else None, objective, trace(objective),
+               scale=1 / temperature, cap=0.0, out=out)  # fmt: skip
+
+
+def policy_kernels():
+    everything = DynamicClipSurrogate() + KL3() + EntropyBonus()
+    for objective in (PolicyGradient(), ClippedSurrogate(dual_clip=3.0), everything):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            fused(objective, dtype)
+            yield measured(f"{type(objective).__name__} {dtype}")
+    fused(everything, torch.float32, groups=True)
+    yield measured("from rewards")
+    fused(everything, torch.float32, narrow=True)
+    yield measured("fp32 shrinking to bf16")
+
+
+def recompilations():
+    """How many further programs other lengths and other values ask for."""
+    from rlvr_fast.kernels.logprobs import logprobs_bwd_kernel, logprobs_fwd_kernel
+    from rlvr_fast.kernels.policy_loss import policy_loss_kernel
+
+    kernels = (logprobs_fwd_kernel, logprobs_bwd_kernel, policy_loss_kernel)
+    fused(ClippedSurrogate(), torch.float32, groups=True)
+    before = sum(map(variants, kernels))
+    for num_tokens in (1, 7, 16):
+        logits, targets = rows(torch.float32, num_tokens)
+        stats = logprobs.triton(logits, targets, 1 / num_tokens, 0.0)
+        logprobs.triton_grad(logits, targets, stats, stats[0], None, 2.0, 0.0, logits)
+        fused(
+            ClippedSurrogate(clip_low=1.0, clip_high=num_tokens / 16), torch.float32, num_tokens,
+            eps=1.0, ddof=num_tokens % 2, temperature=num_tokens, groups=True,
+        )  # fmt: skip
+    return {"recompilations": sum(map(variants, kernels)) - before}
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(NoDevice(int(sys.argv[1])))
+    JITFunction.run = compile_only
+    lines = [*logprob_kernels(), *group_kernels(), *policy_kernels(), recompilations()]
+    sys.stdout.write("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,208 @@
+import random
+import signal
+import subprocess
+import sys
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlvr_fast import checkpoint, metrics
+from rlvr_fast import config as configs
+from rlvr_fast.checkpoint import Progress
+from rlvr_fast.tasks import load_task
+from rlvr_fast.trainer import Trainer, resumed_config, train
+
+STEPS = 5
+
+DYING = """
+import importlib, os, signal, sys
+module, name, call, *arguments = sys.argv[1:]
+module = importlib.import_module(module)
+original, left = getattr(module, name), [int(call)]
+def dying(*args, **kwargs):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(module, name, dying)
+from rlvr_fast import cli
+sys.exit(cli.main(arguments))
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small a model is faster without threads, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def given(folder, **overrides):
+    """Every kind of state: momentum, a schedule, updates off policy, a checkpoint every 2 steps."""
+    return {
+        "run_folder": str(folder),
+        "steps": STEPS,
+        "method": "grpo",
+        "updates_per_batch": 2,
+        "schedule": "linear",
+        "checkpoint_every": 2,
+        "tensorboard": False,
+        **overrides,
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    torch.set_num_threads(1)
+    return train(configs.load("tiny", given(tmp_path_factory.mktemp("whole") / "run"))).run_folder
+
+
+def assert_same_run(found, wanted):
+    for name in ("model", "optimizer"):
+        file = f"checkpoints/step-{STEPS:06d}/{name}.safetensors"
+        mine, theirs = load_file(found / file), load_file(wanted / file)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    exported = "model/model.safetensors"
+    assert (found / exported).read_bytes() == (wanted / exported).read_bytes()
+    assert without_times(found) == without_times(wanted)
+    texts = "completions.jsonl"
+    assert (found / texts).read_text() == (wanted / texts).read_text()
+
+
+def without_times(folder):
+    return [
+        {name: value for name, value in row.items() if "second" not in name}
+        for row in metrics.read(folder)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "left"),
+    [
+        ("rlvr_fast.evaluate evaluate", 1, None),
+        ("rlvr_fast.optimise learning_rate", 4, "step-000002"),
+        ("rlvr_fast.checkpoint save_file", 5, "step-000002"),
+        ("rlvr_fast.checkpoint _discard", 1, "step-000005"),
+    ],
+    ids=[
+        "before the first checkpoint",
+        "between two checkpoints",
+        "while a checkpoint is written",
+        "while an old one is deleted",
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_bits(function, call, left, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    arguments = [f"--{name}={value}" for name, value in given(run, keep_checkpoints=2).items()]
+    command = [sys.executable, "-c", DYING, *function.split(), str(call), "train", "tiny"]
+    died = subprocess.run([*command, *arguments], capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    newest = checkpoint.latest(run)
+    assert (newest and newest.name) == left
+
+    config, changed = resumed_config(run, None, {})
+    train(config, resume=True)
+
+    assert changed == []
+    assert_same_run(run, uninterrupted)
+    assert not list(run.rglob("*.partial"))
+
+
+def test_a_finished_run_goes_on_with_more_steps_as_if_never_stopped(tmp_path):
+    constant = {"schedule": "constant"}
+    whole = train(configs.load("tiny", given(tmp_path / "whole", **constant))).run_folder
+    part = tmp_path / "part"
+    train(configs.load("tiny", given(part, steps=3, **constant)))
+
+    config, changed = resumed_config(part, None, {"steps": str(STEPS)})
+    train(config, resume=True)
+
+    assert changed == ["steps: 3 -> 5"]
+    assert_same_bits = [load_file(f / "checkpoints/step-000005/model.safetensors") for f in (whole, part)]
+    assert all(torch.equal(assert_same_bits[0][key], assert_same_bits[1][key]) for key in assert_same_bits[0])
+    assert [row["step"] for row in metrics.read(part)] == list(range(STEPS + 1))
+
+
+def test_a_finished_run_that_is_resumed_trains_nothing_and_stays_as_it_was(uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_text()
+
+    done = train(resumed_config(uninterrupted, None, {})[0], resume=True)
+
+    assert done.steps == STEPS
+    assert (uninterrupted / "metrics.jsonl").read_text() == before
+
+
+def test_a_changed_meaning_is_refused_field_by_field(uninterrupted):
+    message = r"^resume: wanted the run's own config, got seed: 0 -> 1; learning_rate: .* -> 0.5$"
+    with pytest.raises(ValueError, match=message):
+        resumed_config(uninterrupted, None, {"seed": "1", "learning_rate": "0.5", "steps": "9"})
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^run: wanted a folder with a config.json, got"):
+        resumed_config(tmp_path, None, {})
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with checkpoint.hold(tmp_path), pytest.raises(ValueError, match="no other process trains in"):
+        with checkpoint.hold(tmp_path):
+            pass
+
+
+def trainer(folder):
+    config = configs.load("tiny", given(folder))
+    with closing(load_task(config.task, config.task_options)) as task:
+        return Trainer(config, task)
+
+
+def test_a_checkpoint_holds_weights_optimiser_method_state_and_generators(tmp_path):
+    first = trainer(tmp_path)
+    first.sync()
+    first.step(1)
+    progress = Progress(step=1, method_state={"seen": [1, 2]})
+    folder = checkpoint.save(tmp_path, progress, first.model, first.optimiser.adamw, keep=1)
+    drawn = [random.random(), np.random.rand(), float(torch.rand(()))]
+
+    second = trainer(tmp_path)
+    restored = checkpoint.restore(folder, second.model, second.optimiser.adamw)
+
+    assert restored == progress
+    assert [random.random(), np.random.rand(), float(torch.rand(()))] == drawn
+    for mine, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        states = [t.optimiser.adamw.state[p] for t, p in ((second, mine), (first, theirs))]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    run = trainer(tmp_path)
+
+    for step in (2, 4, 1_000_000):
+        progress = Progress(step=step, method_state={})
+        checkpoint.save(tmp_path, progress, run.model, run.optimiser.adamw, keep=2)
+
+    names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000004", "step-1000000"]
+    assert checkpoint.latest(tmp_path).name == "step-1000000"
+
+
+def test_a_checkpoint_holds_no_pickle(uninterrupted):
+    files = {file.suffix for file in (uninterrupted / "checkpoints").rglob("*") if file.is_file()}
+
+    assert files == {".json", ".safetensors"}
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run = trainer(tmp_path)
+    progress = Progress(step=1, method_state={})
+    folder = checkpoint.save(tmp_path, progress, run.model, run.optimiser.adamw, keep=1)
+    run.model.resize_token_embeddings(64)
+
+    with pytest.raises(ValueError, match=r"wanted the tensors of this model, got others$"):
+        checkpoint.restore(folder, run.model, run.optimiser.adamw)
