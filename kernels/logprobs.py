@@ -79,8 +79,14 @@ def fold(top, others, spread, z, v, target):
 
 
 @triton.jit
-def row_stats(row_ptr, target, vocab_size, scale, cap, HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The first sweep: logp, entropy, m, log s."""
+def row_stats(
+    row_ptr, target, vocab_size, scale, cap, HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """The first sweep: logp, entropy, m, log s.
+
+    The tail is a loop of at most one pass: a compiler that sees two tails alike keeps all that
+    one computed for the other, and spills.
+    """
     top = NO_MAXIMUM
     others = tl.zeros([BLOCK_V], tl.float32)
     spread = tl.zeros([BLOCK_V], tl.float32)
@@ -88,9 +94,10 @@ def row_stats(row_ptr, target, vocab_size, scale, cap, HAS_CAP: tl.constexpr, BL
     for start in range(0, tail, BLOCK_V):
         z, v = load_block(row_ptr, start, vocab_size, scale, cap, HAS_CAP, BLOCK_V, False)
         top, others, spread = fold(top, others, spread, z, v, target)
-    z, v = load_block(row_ptr, tail, vocab_size, scale, cap, HAS_CAP, BLOCK_V, True)
-    z = tl.where(v < vocab_size, z, float("-inf"))  # a softcap has made it finite
-    top, others, spread = fold(top, others, spread, z, v, target)
+    for start in range(tail, vocab_size, BLOCK_V):
+        z, v = load_block(row_ptr, start, vocab_size, scale, cap, HAS_CAP, BLOCK_V, True)
+        z = tl.where(v < vocab_size, z, float("-inf"))  # a softcap has made it finite
+        top, others, spread = fold(top, others, spread, z, v, target)
 
     rest = tl.sum(others, axis=0)
     d = floored(transformed(tl.load(row_ptr + target), scale, cap, HAS_CAP) - top)
@@ -141,15 +148,17 @@ def write_grad(row_ptr, out_ptr, target, vocab_size, stats, dlogp, dentropy, sca
         zeros = tl.zeros([BLOCK_V], tl.float32)
         for start in range(0, tail, BLOCK_V):
             store_block(out_ptr, start + tl.arange(0, BLOCK_V), zeros, vocab_size, False, False)
-        store_block(out_ptr, tail + tl.arange(0, BLOCK_V), zeros, vocab_size, False, True)
+        for start in range(tail, vocab_size, BLOCK_V):
+            store_block(out_ptr, start + tl.arange(0, BLOCK_V), zeros, vocab_size, False, True)
     else:
         for start in range(0, tail, BLOCK_V):
             z, v = load_block(row_ptr, start, vocab_size, scale, cap, HAS_CAP, BLOCK_V, False)
             dx = grad_block(z, v, target, stats, dlogp, dentropy, scale, cap, ENTROPY, HAS_CAP)
             store_block(out_ptr, v, dx, vocab_size, SHRINKS, False)
-        z, v = load_block(row_ptr, tail, vocab_size, scale, cap, HAS_CAP, BLOCK_V, True)
-        dx = grad_block(z, v, target, stats, dlogp, dentropy, scale, cap, ENTROPY, HAS_CAP)
-        store_block(out_ptr, v, dx, vocab_size, SHRINKS, True)
+        for start in range(tail, vocab_size, BLOCK_V):
+            z, v = load_block(row_ptr, start, vocab_size, scale, cap, HAS_CAP, BLOCK_V, True)
+            dx = grad_block(z, v, target, stats, dlogp, dentropy, scale, cap, ENTROPY, HAS_CAP)
+            store_block(out_ptr, v, dx, vocab_size, SHRINKS, True)
 
 
 # Row strides stay specialised: "divisible by 16" is what makes the loads 16 bytes wide.
@@ -197,6 +206,7 @@ def logprobs_bwd_kernel(
     BLOCK_V: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + t).to(tl.int32)
     stats = (
         tl.load(stats_ptr + t),
         tl.load(stats_ptr + t + num_tokens),
@@ -207,7 +217,6 @@ def logprobs_bwd_kernel(
     if dentropy_ptr is not None:
         dentropy = tl.load(dentropy_ptr + t)
     write_grad(
-        logits_ptr + t * row_stride, out_ptr + t * out_stride, tl.load(targets_ptr + t).to(tl.int32), vocab_size,
-        stats, tl.load(dlogp_ptr + t), dentropy, scale, cap,
-        dentropy_ptr is not None, HAS_CAP, BLOCK_V,
+        logits_ptr + t * row_stride, out_ptr + t * out_stride, target, vocab_size, stats,
+        tl.load(dlogp_ptr + t), dentropy, scale, cap, dentropy_ptr is not None, HAS_CAP, BLOCK_V,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from rlvr_fast.kernels.logprobs import row_stats, write_grad
 def load_all(ptrs, t):
     values = ()
     for i in tl.static_range(len(ptrs)):
-        values = values + (tl.load(ptrs[i] + t).to(tl.float32),)
+        values += (tl.load(ptrs[i] + t).to(tl.float32),)
     return values
 
 
@@ -41,7 +41,7 @@ def policy_loss_kernel(
     logits_ptr,  # [t, V]
     targets_ptr,  # [t]
     out_ptr,  # [t, V] or None: no gradient wanted
-    results_ptr,  # [5, t]: logp, H, l, a, b
+    results_ptr,  # [6, t]: logp, H, l, a, b, advantage
     num_tokens,
     vocab_size,
     logits_stride,
@@ -86,6 +86,7 @@ def policy_loss_kernel(
     tl.store(results_ptr + t + 2 * num_tokens, loss)
     tl.store(results_ptr + t + 3 * num_tokens, dlogp)
     tl.store(results_ptr + t + 4 * num_tokens, dentropy)
+    tl.store(results_ptr + t + 5 * num_tokens, tl.where(weight == 0, 0.0, advantage))
     if out_ptr is not None:
         write_grad(
             row_ptr, out_ptr + t * out_stride, target, vocab_size, stats, dlogp, dentropy,

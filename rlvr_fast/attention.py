@@ -9,7 +9,7 @@ nor a `[N, N]` mask reaches the rest of the model.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,8 @@ from transformers.masking_utils import sdpa_mask
 from rlvr_fast.packed import Packed
 
 NAME = "rlvr_fast"
-"""Under which the attention function is registered."""
-
-_WASTE = 1.5
-"""Rectangles may be this much larger than what they hold; each costs a few kernel launches."""
-_SMALL = 2**16
-"""Query-key pairs under which waste is not worth another call."""
+_WASTE = 1.5  # How much larger a rectangle may be than what it holds; each is a kernel launch.
+_SMALL = 2**16  # Query-key pairs below which waste is not worth another launch.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +40,10 @@ class Head:
 
 class Plan(Protocol):
     """Decides who attends to whom; passed through the model to every layer."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens from the first to the last that can see it, at most."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float
@@ -66,32 +66,27 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
         ValueError: for a model that `install` does not support, or whose sliding window is
             shorter than a prompt with its completion.
 
-    Cost: linear layers over `N` tokens; attention over each sequence, with the keys of a shared
-        prompt computed once.
+    Cost: linear layers over `N` tokens, attention over each prompt with its completion.
     """
     if not len(packed.input_ids):
         raise ValueError("packed: wanted at least one token, got none")
     plan = plan_blocks(packed)
-    return run(model, packed.input_ids, packed.position_ids, plan, longest=plan.longest)
+    return run(model, packed.input_ids[None], packed.position_ids[None], plan)[0]
 
 
-def run(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, plan: Plan, *, longest: int
-) -> Tensor:
-    """`hidden_states` for any plan: `[N]` or `[B, q]` tokens to `[N, D]` or `[B, q, D]`."""
+def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, plan: Plan) -> Tensor:
+    """`hidden_states` for any plan: `[B, q]` tokens to `[B, q, D]`."""
     install(model)
-    _check_window(model, longest)
-    flat = input_ids.dim() == 1
-    output = model.get_decoder()(
-        input_ids=input_ids[None] if flat else input_ids,
-        position_ids=position_ids[None] if flat else position_ids,
+    _check_window(model, plan.longest)
+    hidden: Tensor = model.get_decoder()(
+        input_ids,
+        position_ids=position_ids,
         # The plan replaces the mask. transformers leaves a 4-D one alone, and builds one otherwise.
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
         use_cache=False,
         attention_plan=plan,
-    )
-    hidden: Tensor = output.last_hidden_state
-    return hidden[0] if flat else hidden
+    ).last_hidden_state
+    return hidden
 
 
 def head(model: PreTrainedModel) -> Head:
@@ -109,7 +104,7 @@ def head(model: PreTrainedModel) -> Head:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Registers our attention and selects it for `model`; nothing happens the second time.
+    """Registers our attention and selects it for `model`; harmless the second time.
 
     Outside of `hidden_states` the model then behaves as with `sdpa`.
 
@@ -117,10 +112,12 @@ def install(model: PreTrainedModel) -> None:
         ValueError: for a model in which tokens reach each other in other ways than through causal
             full or sliding-window attention: recurrent, linear, chunked, bidirectional.
     """
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
     config = model.config.get_text_config()
     if config._attn_implementation == NAME:
         return
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = {"full_attention", *(getattr(config, "layer_types", None) or ())}
     if (
         not model._supports_attention_backend
         or model._is_stateful
@@ -129,11 +126,9 @@ def install(model: PreTrainedModel) -> None:
         or not kinds <= {"full_attention", "sliding_attention"}
     ):
         raise ValueError(
-            f"model: wanted a decoder with causal softmax attention in all layers, "
+            "model: wanted a decoder with causal softmax attention in all layers, "
             f"got {config.model_type} with {', '.join(sorted(kinds))}"
         )
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
 
 
@@ -159,18 +154,15 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if attention_plan is None:
-        output, _ = sdpa_attention_forward(
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        return output, None
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"model: wanted attention without {name}, got {type(module).__name__}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    output = attention_plan.attend(layer, query, key, value, scale=scale, dropout=dropout)
-    return output, None
+    layer = cast(int, module.layer_idx)
+    return attention_plan.attend(layer, query, key, value, scale=scale, dropout=dropout), None
 
 
 class _Rectangle(NamedTuple):
@@ -192,7 +184,7 @@ class BlockPlan:
     output_rows: Tensor
     """`[N]` int64: where in the rectangles' queries, laid end to end, each token stands."""
     longest: int
-    """Tokens from the start of a prompt to the end of a completion, at most."""
+    """Tokens of a prompt and one of its completions, at most."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float
@@ -201,19 +193,13 @@ class BlockPlan:
         # On the CPU, SDPA is two to three times as fast in fp32 as in bf16, casts included.
         dtype = torch.promote_types(value.dtype, torch.float32) if device == "cpu" else value.dtype
         with torch.autocast(device, enabled=False):
-            rows = [x[0].transpose(0, 1).to(dtype) for x in (query, key, value)]
-            outputs = [_sdpa(r, *rows, scale=scale, dropout=dropout) for r in self.rectangles]
+            q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+            outputs = [_sdpa(r, q, k, v, scale, dropout) for r in self.rectangles]
             return _gather(torch.cat(outputs), self.output_rows)[None].to(value.dtype)
 
 
 def _sdpa(
-    rectangle: _Rectangle,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    dropout: float,
+    rectangle: _Rectangle, query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float
 ) -> Tensor:
     num_keys, ratio = key.shape[1], query.shape[1] // key.shape[1]
     q = _gather(query, rectangle.queries).transpose(1, 2)
@@ -254,20 +240,18 @@ def plan_blocks(packed: Packed) -> BlockPlan:
     """
     device = packed.input_ids.device
     sequences = list(_sequences(packed))
-    plain = [s for s in sequences if s.prompt_length == 0]
-    branches = [s for s in sequences if s.prompt_length > 0]
     output_rows = torch.empty(packed.input_ids.shape[0], dtype=torch.int64)
     rectangles: list[_Rectangle] = []
     offset = 0
+    plain, branches = ([s for s in sequences if bool(s.prompt_length) is b] for b in (False, True))
     for bucket in itertools.chain(_buckets(plain), _buckets(branches)):
-        rectangle = _rectangle(bucket)
-        queries = rectangle.queries
+        queries, keys, mask = _rectangle(bucket)
         lengths = torch.tensor([s.length for s in bucket])
         real = torch.arange(queries.shape[1]) < lengths[:, None]
         output_rows[queries[real]] = offset + real.flatten().nonzero().squeeze(1)
         offset += queries.numel()
-        mask = None if rectangle.mask is None else rectangle.mask.to(device)
-        rectangles.append(_Rectangle(queries.to(device), rectangle.keys.to(device), mask))
+        mask = None if mask is None else mask.to(device)
+        rectangles.append(_Rectangle(queries.to(device), keys.to(device), mask))
     longest = max((s.prompt_length + s.length for s in sequences), default=0)
     return BlockPlan(rectangles=rectangles, output_rows=output_rows.to(device), longest=longest)
 
@@ -288,16 +272,17 @@ def _sequences(packed: Packed) -> Iterator[_Sequence]:
 def _buckets(sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:
     """Sequences of similar size, so that little of their common rectangle is empty."""
     bucket: list[_Sequence] = []
-    filled = 0
+    filled = prompt = 0
     for sequence in sorted(sequences, reverse=True):
-        grown = [*bucket, sequence]
         area = sequence.length * (sequence.prompt_length + sequence.length)
-        most_prompt = max(s.prompt_length for s in grown)
-        whole = len(grown) * grown[0].length * (most_prompt + grown[0].length)
+        length = bucket[0].length if bucket else sequence.length
+        prompt = max(prompt, sequence.prompt_length)
+        whole = (len(bucket) + 1) * length * (prompt + length)
         if bucket and whole > max(_SMALL, _WASTE * (filled + area)):
             yield bucket
-            grown, filled = [sequence], 0
-        bucket, filled = grown, filled + area
+            bucket, filled, prompt = [], 0, sequence.prompt_length
+        bucket.append(sequence)
+        filled += area
     if bucket:
         yield bucket
 
@@ -311,11 +296,7 @@ def _rectangle(bucket: Sequence[_Sequence]) -> _Rectangle:
     prompt_column = torch.arange(int(prompt_length.max()))
     prompt = prompt_start + torch.minimum(prompt_column, prompt_length - 1)
     shape = (len(bucket), len(column), -1)
-    mask = torch.cat(
-        [
-            (prompt_column < prompt_length)[:, None].expand(shape),
-            (column <= column[:, None]).expand(shape),
-        ],
-        dim=2,
-    )
-    return _Rectangle(queries=queries, keys=torch.cat([prompt, queries], 1), mask=mask[:, None])
+    prompt_seen = (prompt_column < prompt_length)[:, None].expand(shape)
+    own_seen = (column <= column[:, None]).expand(shape)
+    mask = torch.cat([prompt_seen, own_seen], dim=2)[:, None]
+    return _Rectangle(queries=queries, keys=torch.cat([prompt, queries], 1), mask=mask)

@@ -67,7 +67,8 @@ def save(
 
 def latest(run_folder: Path) -> Path | None:
     """The newest checkpoint, or None."""
-    return (_checkpoints(run_folder) or [None])[-1]
+    found = _checkpoints(run_folder)
+    return found[-1] if found else None
 
 
 def restore(folder: Path, model: PreTrainedModel, adamw: torch.optim.Optimizer) -> Progress:
@@ -106,14 +107,15 @@ def export(
 ) -> Path:
     """Writes `model/`, an ordinary Hugging Face folder with weights in `dtype`."""
     folder = run_folder / "model"
-    before = model.config.dtype
     with _appearing(folder) as scratch:
         # Tied weights appear once, under the name that owns them; from_pretrained ties them again.
-        weights = {name: tensor.to("cpu", dtype) for name, tensor in model.named_parameters()}
-        model.config.dtype = dtype
+        weights = {name: tensor.to("cpu", dtype) for name, tensor in _weights(model)}
         model.save_pretrained(scratch, state_dict=weights)
-        model.config.dtype = before
         tokenizer.save_pretrained(scratch)
+        # save_pretrained writes the dtype of the model itself.
+        file = scratch / "config.json"
+        values = json.loads(file.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+        file.write_text(json.dumps(values, indent=2) + "\n")
     return folder
 
 

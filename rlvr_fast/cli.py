@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _help()
         options.check_known("command", command, run)
         return run[command](rest)
+    except KeyboardInterrupt:
+        _say("\nrlvr-fast: interrupted", to=sys.stderr)
+        return 130
     except USER_ERRORS as error:
         if debug:
             raise
@@ -81,16 +84,17 @@ def _train(arguments: list[str]) -> int:
     try:
         from rlvr_fast.trainer import train
 
+        _prepared(config.model)
         done = train(config, resume=resume is not None)
     except KeyboardInterrupt:
         started = (Path(config.run_folder) / "config.json").exists()
         how = f"; go on with: rlvr-fast train --resume {config.run_folder}" if started else ""
         _say(f"\nrlvr-fast: interrupted{how}", to=sys.stderr)
         return 130
-    _say(f"greedy reward on {done.evaluated_on}: {_arrow(done.reward_before, done.reward_after)}")
-    _say(
-        f"mean sampled reward, first and last step: {_arrow(done.sampled_first, done.sampled_last)}"
-    )
+    greedy = _arrow(done.reward_before, done.reward_after)
+    _say(f"greedy reward on {done.evaluated_on}, before and after: {greedy}")
+    sampled = _arrow(done.sampled_first, done.sampled_last)
+    _say(f"mean sampled reward, first and last step: {sampled}")
     _say(f"model: {done.run_folder}/model")
     _say(f"metrics, completions, checkpoints: {done.run_folder}")
     return 0
@@ -106,6 +110,7 @@ def _eval(arguments: list[str]) -> int:
     config = options.build("option of eval", EvalConfig, given)
     from rlvr_fast.evaluate import evaluate_model
 
+    _prepared(name)
     text = json.dumps(evaluate_model(name, config), indent=2)
     if config.output:
         Path(config.output).write_text(text + "\n")
@@ -118,18 +123,21 @@ def _model(arguments: list[str]) -> int:
     parser.add_argument("name", help="smollm2-135m or tiny")
     parser.add_argument("--folder", type=Path, help="new or empty; default: the cache")
     chosen = parser.parse_args(arguments)
+    _say(str(_prepared(chosen.name, chosen.folder)))
+    return 0
+
+
+def _prepared(name: str, folder: Path | None = None) -> str | Path:
+    """The model's folder or hub id; writes the folder of a known name if it is not there."""
+    from transformers.utils import logging
+
     from rlvr_fast import models
 
+    logging.disable_progress_bar()
     try:
-        folder = (
-            models.resolve(chosen.name)
-            if chosen.folder is None
-            else models.prepare(chosen.name, chosen.folder)
-        )
+        return models.resolve(name) if folder is None else models.prepare(name, folder)
     except RuntimeError as error:
-        raise OSError(str(error)) from error
-    _say(str(folder))
-    return 0
+        raise OSError(f"model {name}: {error}") from error
 
 
 def _bench(arguments: list[str]) -> int:
@@ -138,7 +146,8 @@ def _bench(arguments: list[str]) -> int:
         raise ValueError(
             f"bench: wanted the source checkout, whose benches are at {benches}, got none there"
         )
-    return subprocess.call([sys.executable, "-m", "pytest", str(benches), *arguments])
+    command = [sys.executable, "-m", "pytest", str(benches), "-o", "python_files=bench_*.py"]
+    return subprocess.call([*command, *arguments], cwd=benches.parent)
 
 
 def _methods(arguments: list[str]) -> int:

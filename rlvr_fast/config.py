@@ -43,7 +43,7 @@ class TrainConfig:
     """Where prompts and rewards come from: addition, or reasoning_gym:NAME."""
     task_options: options.Table = field(default_factory=dict)
     """Table of the task's own options."""
-    method: str = "grpo"
+    method: str
     """The published method that is trained; `rlvr-fast methods` lists them."""
     method_options: options.Table = field(default_factory=dict)
     """Table of the method's own options."""
@@ -93,6 +93,8 @@ class TrainConfig:
     """What generates: embedded (in process)."""
     engine_precision: Precision = Precision.BF16
     """Of the generating copy of the weights."""
+    engine_sleeps: bool = False
+    """Give the engine's accelerator memory back while the optimiser works; costs two copies."""
     logits_budget: int | None = None
     """Bytes of logits alive at once; none: the op's default for the device."""
     eval_every: int = 0
@@ -213,6 +215,7 @@ FREE_ON_RESUME = frozenset(
         "tensorboard",
         "tokens_per_microbatch",
         "share_prompts",
+        "engine_sleeps",
         "logits_budget",
         "device",
         "threads",

@@ -6,12 +6,15 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlvr_fast import models
 from rlvr_fast.config import EvalConfig
+from rlvr_fast.devices import DTYPES, device
 from rlvr_fast.methods.base import verified
 from rlvr_fast.prompts import Prompt, Prompts
 from rlvr_fast.rollout import Engine, SamplingParams
+from rlvr_fast.rollout.embedded import EmbeddedEngine
 from rlvr_fast.tasks import Task, load_task
 
 
@@ -106,7 +109,7 @@ def evaluate_model(model: str, config: EvalConfig) -> dict[str, Any]:
     with closing(load_task(config.task, config.task_options)) as task:
         path = models.resolve(model)
         engine = EmbeddedEngine(path, dtype=DTYPES[config.precision], device=device(config.device))
-        tokenizer = models.load_tokenizer(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
         prompts = Prompts(
             task.evaluation[: config.prompts], tokenizer, system_prompt=config.system_prompt
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from rlvr_fast.methods.rollouts import Groups
 
@@ -44,7 +44,14 @@ class RunLog:
         self._metrics = (folder / METRICS).open("a")
         self._texts = (folder / COMPLETIONS).open("a")
         self._board = _board(folder / "tensorboard", step) if tensorboard else None
-        self._bar = tqdm(total=steps, initial=step, desc="train", unit="step", file=sys.stderr)
+        self._bar = tqdm(
+            total=steps,
+            initial=step,
+            unit="step",
+            file=sys.stderr,
+            # Every refresh is a line of its own in a file.
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+        )
         self._completions = completions
 
     def __enter__(self) -> "RunLog":
@@ -61,6 +68,10 @@ class RunLog:
         self._texts.close()
         if self._board is not None:
             self._board.close()
+
+    def doing(self, what: str) -> None:
+        """Shows in front of the progress bar what takes the time."""
+        self._bar.set_description_str(what)
 
     def say(self, line: str) -> None:
         """One line above the progress bar."""

@@ -49,7 +49,7 @@ def resolve(model: str) -> str:
     Raises:
         ValueError: for anything else.
     """
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         return model
     if model in _RECIPES:
         root = os.environ.get("RLVR_FAST_CACHE") or Path.home() / ".cache" / "rlvr_fast"
@@ -85,8 +85,7 @@ def prepare(name: str, folder: Path) -> Path:
 def tiny(folder: Path, *, seed: int = 0) -> Path:
     """A random two-layer Llama and a tokenizer of single printable ASCII characters.
 
-    The same seed gives the same bits. The embeddings are tied and, as in many released models,
-    have more rows (128) than the tokenizer has tokens (100). The context is 512 tokens.
+    The same seed gives the same bits. The embeddings are tied; the context is 512 tokens.
 
     Raises:
         ValueError: for a folder that has something in it.
@@ -210,7 +209,7 @@ def _character_tokenizer() -> PreTrainedTokenizerFast:
 
 def _tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=128,
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

@@ -39,9 +39,20 @@ class Optimiser:
         method: Method,
         model: PreTrainedModel,
         reference: PreTrainedModel | None = None,
+        *,
+        vocab_size: int,
     ) -> None:
-        """`reference` is wanted when `config.kl_coef` is above 0; both models on one device."""
+        """Prepares for updates of `model`.
+
+        Args:
+            config, method: of the run.
+            model: whose parameters are trained.
+            reference: frozen, on the same device; wanted when `config.kl_coef` is above 0.
+            vocab_size: the tokenizer's. An embedding may have more rows; engines never sample
+                those, so the policy is the softmax over the others.
+        """
         self._config, self._method = config, method
+        self._vocab_size = vocab_size
         self.model, self._reference = model, reference
         self.objective = _penalised(method.objective(), config)
         self._level = level(self.objective)
@@ -135,7 +146,7 @@ class Optimiser:
         """Adds the microbatch's gradient to every parameter."""
         with self._autocast():
             found = self._loss(packed)
-        found.loss.backward()  # type: ignore[no-untyped-call]
+        found.loss.backward()
         return Microbatch(found.loss.detach(), found.logp, found.metrics)
 
     def apply(self) -> float:
@@ -154,7 +165,7 @@ class Optimiser:
         return norm
 
     def _loss(self, packed: Packed) -> PolicyLossOutput:
-        head = attention.head(self.model)
+        head = self._head(self.model)
         hidden = attention.hidden_states(self.model, packed)
         return policy_loss(
             # Not hidden[index]: its backward adds in an order that threads decide.
@@ -171,7 +182,7 @@ class Optimiser:
 
     @torch.no_grad()
     def _with_reference(self, reference: PreTrainedModel, packed: Packed) -> Packed:
-        head = attention.head(reference)
+        head = self._head(reference)
         with self._autocast():
             hidden = attention.hidden_states(reference, packed)
             found = linear_logprobs(
@@ -184,6 +195,13 @@ class Optimiser:
                 logit_scale=head.logit_scale,
             )
         return replace(packed, scored=replace(packed.scored, ref_logp=found.logp))
+
+    def _head(self, model: PreTrainedModel) -> attention.Head:
+        head, size = attention.head(model), self._vocab_size
+        if size >= len(head.weight):
+            return head
+        bias = None if head.bias is None else head.bias[:size]
+        return replace(head, weight=head.weight[:size], bias=bias)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

@@ -132,7 +132,7 @@ def _typed(name: str, value: object, hint: Any) -> Any:
     if issubclass(hint, Enum) and value in [member.value for member in hint]:
         return hint(value)
     if hint in (int, float, bool):
-        value = plain(value)
+        value = plain(value.lower() if isinstance(value, str) else value)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

@@ -10,10 +10,12 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlvr_fast import checkpoint, metrics, models
 from rlvr_fast import config as configs
-from rlvr_fast.config import FREE_ON_RESUME, Precision, TrainConfig
+from rlvr_fast.config import FREE_ON_RESUME, TrainConfig
+from rlvr_fast.devices import DTYPES, device
 from rlvr_fast.evaluate import evaluate
 from rlvr_fast.methods import method
 from rlvr_fast.methods.base import Context
@@ -24,8 +26,6 @@ from rlvr_fast.prompts import Prompts
 from rlvr_fast.rollout import SamplingParams
 from rlvr_fast.rollout.embedded import EmbeddedEngine
 from rlvr_fast.tasks import Task, load_task
-
-DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP32: torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
         trainer = Trainer(config, task)
         with checkpoint.hold(folder):
             checkpoint.write_config(folder, config)
-            done = trainer.restore()
+            done = trainer.restore() if resume else 0
             with RunLog(
                 folder,
                 step=done,
@@ -116,17 +116,16 @@ class Trainer:
                 f"updates_per_batch: wanted 1 for method {config.method}, which has no importance "
                 f"ratio, got {config.updates_per_batch}"
             )
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        place = device(config.device)
         path = models.resolve(config.model)
-        self.model, self.tokenizer = models.load(path, dtype=torch.float32)
-        self.model.to(device)
+        self.model, self.tokenizer = _on(place, path)
         reference = None
         if config.kl_coef > 0:
-            reference = models.load(path, dtype=torch.float32)[0].to(device).requires_grad_(False)
-        self.optimiser = Optimiser(config, self.method, self.model, reference)
-        self.engine = EmbeddedEngine(path, dtype=DTYPES[config.engine_precision], device=device)
+            reference = _on(place, path)[0].requires_grad_(False)
+        self.optimiser = Optimiser(
+            config, self.method, self.model, reference, vocab_size=len(self.tokenizer)
+        )
+        self.engine = EmbeddedEngine(path, dtype=DTYPES[config.engine_precision], device=place)
         self.prompts, self.evaluation = (
             Prompts(examples, self.tokenizer, system_prompt=config.system_prompt, seed=config.seed)
             for examples in (task.train, task.evaluation[: config.eval_prompts])
@@ -148,16 +147,20 @@ class Trainer:
         config = self.config
         self.sync()
         if done == 0:
+            log.doing("evaluate")
             log.write(0, self.evaluate())
         elif done >= config.steps:
             log.say(f"step {done} of {config.steps} is done already: nothing to train")
         for step in range(done + 1, config.steps + 1):
+            log.doing("train")
             values, groups = self.step(step)
             if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+                log.doing("evaluate")
                 values |= self.evaluate()
             log.write_completions(step, groups)
             log.write(step, values)
             if step == config.steps or step % config.checkpoint_every == 0:
+                log.doing("save")
                 self.save(step)
 
     def step(self, step: int) -> tuple[dict[str, float], Groups]:
@@ -166,10 +169,10 @@ class Trainer:
         with _timed(seconds, "total"):
             context = self.context(step, reseed(self.config.seed, step))
             with _timed(seconds, "generate"):
-                self.engine.wake()
                 prompts = self.method.select_prompts(context)
                 groups = self.method.rollout(context, prompts)
-                self.engine.sleep()
+                if self.config.engine_sleeps:
+                    self.engine.sleep()
             with _timed(seconds, "verify"):
                 groups = self.method.verify(context, groups)
             with _timed(seconds, "update"):
@@ -202,6 +205,8 @@ class Trainer:
 
     def sync(self) -> None:
         """The engine generates with the trainer's weights from here on."""
+        if self.config.engine_sleeps:
+            self.engine.wake()
         # Tied weights under both names: an engine may keep them apart.
         named = self.model.named_parameters(remove_duplicate=False)
         self.engine.load_weights((name, parameter.detach()) for name, parameter in named)
@@ -278,6 +283,11 @@ def summary(folder: Path, evaluated_on: str) -> Summary:
         sampled_first=trained[0],
         sampled_last=trained[-1],
     )
+
+
+def _on(place: str, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = models.load(path, dtype=torch.float32)
+    return torch.nn.Module.to(model, place), tokenizer
 
 
 @contextmanager

@@ -53,6 +53,15 @@ LENGTHS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine, threads of tiny models mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _model(kind):
     torch.manual_seed(0)
     return KINDS[kind]().eval()

@@ -34,7 +34,7 @@ def one_thread():
         ("train tiny --task subtraction", "task must be"),
         ("train tiny --task_options.hihg 9", "options of task addition must be among"),
         ("train tiny --method ppp", "unknown method ppp; the nearest is"),
-        ("train tiny --method_options.clip 1", "unknown option of method reinforce clip"),
+        ("train tiny --method_options.clip 1", "unknown option of method grpo clip"),
         ("train tiny --model nowhere", "model: wanted a folder"),
         ("train --resume nowhere", "run: wanted a folder with a config.json, got nowhere"),
         ("eval --task addition", "eval: wanted a model folder, hub id or name first"),

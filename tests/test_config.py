@@ -5,7 +5,7 @@ import pytest
 from rlvr_fast import config, options
 from rlvr_fast.config import EvalConfig, Schedule, TrainConfig
 
-REQUIRED = {"model": "tiny", "task": "addition", "run_folder": "somewhere"}
+REQUIRED = {"model": "tiny", "task": "addition", "method": "grpo", "run_folder": "somewhere"}
 
 
 @pytest.mark.parametrize("kind", [TrainConfig, EvalConfig])

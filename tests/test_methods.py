@@ -120,6 +120,7 @@ def test_an_option_that_cannot_be_names_wanted_and_got():
 def test_a_method_without_a_ratio_refuses_a_second_update(tmp_path):
     given = {"method": "reinforce", "run_folder": str(tmp_path), "updates_per_batch": 2}
     config = configs.load("tiny", given)
-    with closing(load_task(config.task, config.task_options)) as task:
-        with pytest.raises(ValueError, match=r"^updates_per_batch: wanted 1 for method reinforce"):
-            Trainer(config, task)
+    task = load_task(config.task, config.task_options)
+
+    with pytest.raises(ValueError, match=r"^updates_per_batch: wanted 1 for method reinforce"):
+        Trainer(config, task)

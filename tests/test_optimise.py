@@ -53,10 +53,12 @@ def rollouts(seed=0):
 
 
 def optimiser(name="grpo", **overrides):
-    config = configs.load("tiny", {"precision": "fp32", "method": name, **overrides})
+    config = configs.load("tiny", {"method": name, "entropy_coef": 0.0, **overrides})
     path = models.resolve("tiny")
     reference = models.load(path)[0] if config.kl_coef else None
-    return Optimiser(config, method(name, config.method_options), models.load(path)[0], reference)
+    model, tokenizer = models.load(path)
+    chosen = method(name, config.method_options)
+    return Optimiser(config, chosen, model, reference, vocab_size=len(tokenizer))
 
 
 def gradient(optimiser, groups):

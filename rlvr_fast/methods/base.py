@@ -79,7 +79,10 @@ class Method:
         """The same groups with an advantage in every rollout; 0 where the reward is None."""
         flat = [rollout.reward for group in groups for rollout in group]
         values = group_advantages(
-            torch.tensor([float("nan") if reward is None else reward for reward in flat]),
+            torch.tensor(
+                [float("nan") if reward is None else reward for reward in flat],
+                dtype=torch.float32,
+            ),
             group_offsets(groups),
             normalisation=self.normalisation(),
         )

@@ -67,8 +67,9 @@ def fused_rows(
             be `logits`, or the front of the same rows in a narrower dtype. None: not wanted.
 
     Returns:
-        `[5, t]` fp32: logp, entropy, token loss (before the weight, 0 where masked), and its
-        derivatives with respect to logp and to the entropy, times the weight.
+        `[6, t]` fp32: logp, entropy, token loss (before the weight, 0 where masked), its
+        derivatives with respect to logp and to the entropy, times the weight, and the advantage
+        (0 where masked, or if the objective reads none).
 
     Raises:
         ValueError: for a field that the objective reads and that is missing.
@@ -79,7 +80,7 @@ def fused_rows(
     from rlvr_fast.kernels.policy_loss import policy_loss_kernel
 
     num_tokens, vocab_size = logits.shape
-    results = torch.empty(5, num_tokens, dtype=torch.float32, device=logits.device)
+    results = torch.empty(6, num_tokens, dtype=torch.float32, device=logits.device)
     others = [_wanted(name, getattr(fields, name)) for name in traced.other_fields]
     others += [_wanted(f"extras[{name!r}]", fields.extras.get(name)) for name in traced.extras]
     advantage = fields.advantage if "advantage" in traced.reads else None

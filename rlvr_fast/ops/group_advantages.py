@@ -79,8 +79,9 @@ def group_advantages(
             f"group_offsets: wanted ascending from 0 to {len(rewards)}, "
             f"got {group_offsets.tolist()[:8]}"
         )
-    kind = normalisation.scale.value
-    return _group_advantages(rewards, group_offsets, kind, normalisation.ddof, normalisation.eps)
+    kind, ddof, eps = normalisation.scale.value, normalisation.ddof, normalisation.eps
+    advantages: Tensor = _group_advantages(rewards, group_offsets, kind, ddof, eps)
+    return advantages
 
 
 def reference(rewards: Tensor, group_offsets: Tensor, scale: int, ddof: int, eps: float) -> Tensor:

@@ -47,7 +47,10 @@ def linear_logprobs(
     )
     row_op.check_targets(targets, len(hidden), len(weight))
     transform = LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    return TokenLogprobs(*_LinearLogprobs.apply(hidden, weight, bias, settings, targets, transform))
+    found = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, settings, targets, transform
+    )
+    return TokenLogprobs(*found)
 
 
 def reference(

@@ -95,9 +95,7 @@ def cpp(logits: Tensor, targets: Tensor, scale: float, cap: float) -> Tensor:
     from rlvr_fast import _C
 
     stats = torch.empty(4, logits.shape[0], dtype=torch.float32)
-    _C.logprobs_fwd(
-        as_numpy(logits), targets.numpy(), scale, cap, stats.numpy(), threads(logits)
-    )
+    _C.logprobs_fwd(as_numpy(logits), targets.numpy(), scale, cap, stats.numpy(), threads(logits))
     return stats
 
 
@@ -247,9 +245,7 @@ row_grad.register_kernel("cpu", cpp_grad)
 row_grad.register_kernel("cuda", triton_grad)
 
 
-def _save(
-    ctx: Any, inputs: tuple[Any, ...], output: Tensor
-) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, targets, ctx.scale, ctx.cap = inputs
     ctx.save_for_backward(logits, targets, output)
 

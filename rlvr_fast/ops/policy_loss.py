@@ -1,6 +1,5 @@
 """The heavy op: LM head, log-probabilities, objective and all gradients in one pass."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,22 +7,15 @@ import torch
 from torch import Tensor
 
 from rlvr_fast.ops import logprobs as row_op
-from rlvr_fast.ops.group_advantages import GroupNormalisation, group_advantages
+from rlvr_fast.ops.group_advantages import GroupNormalisation
 from rlvr_fast.ops.loss_metrics import LossMetrics, loss_metrics
-from rlvr_fast.ops.objective_rows import (
-    ObjectiveRows,
-    Segmentation,
-    evaluate,
-    masked_loss,
-    sliced,
-    token_fields,
-)
-from rlvr_fast.ops.tiled_head import Gradients, HeadSettings, TiledHead, Wanted, head_settings
+from rlvr_fast.ops.objective_rows import Segmentation, masked_loss, sliced, token_fields
+from rlvr_fast.ops.policy_rows import PolicyCall, advantages
+from rlvr_fast.ops.tiled_head import Wanted, head_settings
 from rlvr_fast.ops.transform import LogitTransform
 from rlvr_fast.packed import ScoredTokens
-from rlvr_fast.tracing.level import Level, level
+from rlvr_fast.tracing.level import Level
 from rlvr_fast.tracing.objective import Objective
-from rlvr_fast.tracing.tokens import TokenFields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,34 +79,19 @@ def policy_loss(
     )
     row_op.check_targets(tokens.targets, len(hidden), len(weight))
     transform = LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    fields = token_fields(tokens, advantages(tokens, normalisation or GroupNormalisation()))
-    call = _Call(
+    call = PolicyCall(
         settings=settings,
         tokens=tokens,
-        fields=fields,
         objective=objective,
-        segmentation=Segmentation.of(tokens, level(objective)),
         transform=transform,
+        normalisation=normalisation or GroupNormalisation(),
     )
-    loss, rows = _PolicyLoss.apply(hidden, weight, bias, call, torch.is_grad_enabled())
-    logp, entropy, dlogp = rows
-    return PolicyLossOutput(
-        loss=loss, logp=logp, entropy=entropy, metrics=loss_metrics(logp, entropy, dlogp, fields)
+    loss, rows = _PolicyLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, call, torch.is_grad_enabled()
     )
-
-
-def advantages(tokens: ScoredTokens, normalisation: GroupNormalisation) -> Tensor | None:
-    """`[T]`: the tokens' own advantage, or their rewards normalised by group, or None."""
-    advantage = tokens.advantage
-    if advantage is None:
-        if tokens.rewards is None or tokens.group_offsets is None:
-            return None
-        advantage = group_advantages(
-            tokens.rewards,
-            tokens.group_offsets.to(tokens.rewards.device),
-            normalisation=normalisation,
-        )
-    return advantage if len(advantage) == tokens.num_tokens else tokens.expand(advantage)
+    logp, entropy, dlogp, advantage = rows
+    metrics = loss_metrics(logp, entropy, dlogp, token_fields(tokens, advantage))
+    return PolicyLossOutput(loss=loss, logp=logp, entropy=entropy, metrics=metrics)
 
 
 def reference(
@@ -139,33 +116,6 @@ def reference(
     return (fields.weight * masked_loss(objective, view)).sum()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    """Everything `_PolicyLoss` needs besides the tensors it differentiates."""
-
-    settings: HeadSettings
-    tokens: ScoredTokens
-    fields: TokenFields
-    objective: Objective
-    transform: LogitTransform
-    segmentation: Segmentation
-
-    def chunks(self, head: TiledHead) -> Iterator[slice]:
-        """Runs of whole segments of at most a tile, or one longer segment."""
-        needed = level(self.objective)
-        if needed is Level.TOKEN:
-            yield from head.tiles(slice(0, self.tokens.num_tokens))
-            return
-        ends = {Level.SEQUENCE: self.segmentation.seq, Level.GROUP: self.segmentation.group}
-        offsets = ends.get(needed)
-        bounds = [0, self.tokens.num_tokens] if offsets is None else offsets.tolist()
-        start = 0
-        for end, following in zip(bounds, [*bounds[1:], None], strict=True):
-            if end > start and (following is None or following - start > head.rows):
-                yield slice(start, end)
-                start = end
-
-
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -173,11 +123,11 @@ class _PolicyLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        call: _Call,
+        call: PolicyCall,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         wanted = Wanted.of(ctx.needs_input_grad if grad_enabled else (), hidden, weight, bias)
-        loss, rows, ctx.gradients = _run(call, hidden, weight, bias, wanted)
+        loss, rows, ctx.gradients = call.run(hidden, weight, bias, wanted)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.call, ctx.wanted = call, wanted
         ctx.mark_non_differentiable(rows)
@@ -190,59 +140,10 @@ class _PolicyLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             hidden, weight, bias = ctx.saved_tensors
-            gradients = _run(ctx.call, hidden, weight, bias, ctx.wanted)[2]
+            gradients = ctx.call.run(hidden, weight, bias, ctx.wanted)[2]
         # Reading dloss would wait for a CUDA device; on the CPU it saves a pass over d_weight.
         if dloss.is_cuda or dloss != 1:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(dloss)
         return (*gradients, None, None)
-
-
-def _run(
-    call: _Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
-) -> tuple[Tensor, Tensor, Gradients]:
-    """The loss; logp, entropy and d(loss)/d(logp) as `[3, T]`; the wanted gradients."""
-    head = TiledHead(hidden, weight, bias, call.settings, wanted)
-    dtype = torch.promote_types(call.settings.logits_dtype, torch.float32)
-    rows = hidden.new_empty(3, len(hidden), dtype=dtype)
-    loss = hidden.new_zeros((), dtype=dtype)
-    for chunk in call.chunks(head):
-        loss += _run_chunk(call, head, chunk, rows)
-    return loss, rows, head.gradients()
-
-
-def _run_chunk(call: _Call, head: TiledHead, chunk: slice, rows: Tensor) -> Tensor:
-    """Both sweeps over one chunk: its loss; fills `rows` and adds to the head's gradients."""
-    scale, cap = call.transform.scale, call.transform.cap
-    tiles = list(head.tiles(chunk))
-    stats = []
-    for tile in tiles:
-        logits = head.logits(tile)
-        stats.append(row_op.row_stats(logits, call.tokens.targets[tile], scale, cap))
-    found = _objective(call, chunk, torch.cat(stats, 1), rows)
-    if head.wanted.any:
-        for tile, tile_stats in zip(tiles, stats, strict=True):
-            if len(tiles) > 1:
-                logits = head.logits(tile)
-            local = slice(tile.start - chunk.start, tile.stop - chunk.start)
-            gradient = head.gradient_buffer(logits)
-            row_op.row_grad(
-                logits,
-                call.tokens.targets[tile],
-                tile_stats,
-                found.dlogp[local],
-                None if found.dentropy is None else found.dentropy[local],
-                scale,
-                cap,
-                gradient,
-            )
-            head.accumulate(tile, gradient)
-    return (call.fields.weight[chunk] * found.token_loss).sum()
-
-
-def _objective(call: _Call, chunk: slice, stats: Tensor, rows: Tensor) -> ObjectiveRows:
-    fields = sliced(call.fields, chunk, stats.dtype)
-    found = evaluate(call.objective, stats, fields, call.segmentation, chunk)
-    rows[:, chunk] = torch.stack([stats[0], stats[1], found.dlogp])
-    return found

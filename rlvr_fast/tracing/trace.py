@@ -88,14 +88,10 @@ def _trace(objective: Objective, *, literal: bool) -> Traced | None:
     return traced if traced.source == other.source else None
 
 
-def _traced_at(
-    size: int, objective: Objective, extras: tuple[str, ...], literal: bool
-) -> Traced:
+def _traced_at(size: int, objective: Objective, extras: tuple[str, ...], literal: bool) -> Traced:
     count = 0 if literal else len(tuple(_floats(objective)))
-    tokens = [torch.ones(size) for _ in range(3 + len(FIELDS) + len(extras))]
-    graph = _graph(
-        _with_gradients(objective, extras, literal), *tokens, *(torch.ones(()) for _ in range(count))
-    )
+    shapes = [(size,)] * (3 + len(FIELDS) + len(extras)) + [()] * count
+    graph = _graph(_with_gradients(objective, extras, literal), shapes)
     used = [bool(node.users) for node in graph.graph.nodes if node.op == "placeholder"]
     reads = tuple(name for name, use in zip(FIELDS, used[3:], strict=False) if use)
     others = [name for name in FIELDS[2:] if name in reads]
@@ -140,18 +136,18 @@ def _with_gradients(
     return run
 
 
-def _graph(function: Callable[..., Any], *values: Tensor) -> fx.GraphModule:
+def _graph(function: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> fx.GraphModule:
     """Of core aten ops, without mutation. Functionalisation refuses autograd: it comes second."""
     with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        values = [torch.ones(shape) for shape in shapes]
         try:
             with_mutation = make_fx(function)(*values)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             # It ran on numbers (`_extras_read`), so that this is about tracing.
             raise NotPointwise(str(error)) from error
-        graph = make_fx(
-            torch.func.functionalize(with_mutation), decomposition_table=core_aten_decompositions()
-        )(*values)
+        core: Any = core_aten_decompositions()
+        graph = make_fx(torch.func.functionalize(with_mutation), decomposition_table=core)(*values)
     graph.graph.eliminate_dead_code()
     return graph
 

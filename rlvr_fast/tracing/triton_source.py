@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,10 @@ import torch
 from torch import Tensor, fx
 
 IDENTITIES = {"alias", "clone", "detach", "expand", "lift_fresh_copy", "_to_copy"}
-CONSTANTS: dict[str, Callable[..., Any]] = {
-    "full": lambda size, value: value,
-    "full_like": lambda like, value: value,
-    "new_full": lambda like, size, value: value,
-    "scalar_tensor": lambda value: value,
-} | {
-    f"{before}{name}{after}": lambda *_, value=value: value
-    for name, value in (("zeros", 0), ("ones", 1))
-    for before, after in (("", ""), ("", "_like"), ("new_", ""))
-}
+FILLS = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
+"""Which argument is the value."""
+ZEROS, ONES = {"zeros", "zeros_like", "new_zeros"}, {"ones", "ones_like", "new_ones"}
+CONSTANTS = {*FILLS, *ZEROS, *ONES}
 ARITHMETIC = {
     "abs": "tl.abs({0})",
     "add": "{0} + {1}",
@@ -130,7 +124,9 @@ class _Printer:
             _check_shape(node)
             self._names[node] = self._names[node.args[0]]  # type: ignore[index]
         else:
-            self._assign(node, self._expression(kind, node))
+            # torch's derivatives choose among whole numbers; what these meet promotes them.
+            whole = _dtype(node) == torch.int64 and (kind in CONSTANTS or kind == "where")
+            self._assign(node, self._expression(kind, node), whole=whole)
 
     def operand(self, x: Any, dtype: torch.dtype | None = None) -> str:
         """A tensor's name, or a literal; a bool that torch promotes is cast."""
@@ -139,9 +135,9 @@ class _Printer:
         promoted = dtype == torch.float32 and _dtype(x) == torch.bool
         return f"{self._names[x]}.to(tl.float32)" if promoted else self._names[x]
 
-    def _assign(self, node: fx.Node, expression: str) -> None:
+    def _assign(self, node: fx.Node, expression: str, *, whole: bool = False) -> None:
         _check_shape(node)
-        if _dtype(node) not in (torch.float32, torch.bool):
+        if not whole and _dtype(node) not in (torch.float32, torch.bool):
             raise NotPointwise(f"{node.name} is {_dtype(node)}")
         self._names[node] = f"v{len(self._names)}"
         self.lines.append(f"{self._names[node]} = {expression}")
@@ -152,7 +148,7 @@ class _Printer:
             raise NotPointwise(f"{kind} with {node.kwargs}")
         args, dtype = node.args, _dtype(node)
         if kind in CONSTANTS:
-            return _full(CONSTANTS[kind](*args), dtype)
+            return _full(args[FILLS[kind]] if kind in FILLS else kind in ONES, dtype)
         if kind == "get_attr":
             return _full(self._constant(node), dtype)
         if kind == "_to_copy" and dtype == torch.float32:
@@ -234,7 +230,7 @@ def content_key(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:24]
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_function(source: str) -> Callable[..., Any]:
     """The `@triton.jit` function of a printed module, from its cache file."""
     key = content_key(source)
@@ -242,7 +238,8 @@ def device_function(source: str) -> Callable[..., Any]:
     path = folder.expanduser() / f"objective_{key}.py"
     _write_once(path, source)
     spec = importlib.util.spec_from_file_location(f"rlvr_fast_objective_{key}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function: Callable[..., Any] = module.objective

@@ -6,10 +6,12 @@ the driver is made up, and a launch becomes a compilation.
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -17,10 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from rlvr_fast.objectives import (
+    KL3,
     ClippedSurrogate,
     DynamicClipSurrogate,
     EntropyBonus,
-    KL3,
     Objective,
     PolicyGradient,
 )
@@ -62,19 +64,15 @@ def measured(name: str) -> dict[str, object]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = output(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = output(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return {
         "kernel": f"{kernel.metadata.name} {name}",
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]) + int(found["LOCAL"]),
-        "wide_loads": len(re.findall(r"LDG\.E\S*\.128", sass)),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])),
     }
-
-
-def output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def rows(dtype: torch.dtype, num_tokens: int = 2):
@@ -83,16 +81,18 @@ def rows(dtype: torch.dtype, num_tokens: int = 2):
 
 
 def logprob_kernels():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for cap in (0.0, 30.0):
-            logits, targets = rows(dtype)
-            stats = logprobs.triton(logits, targets, 1.0, cap)
-            yield measured(f"{dtype} {cap}")
-            for dentropy in (None, stats[1]):
-                logprobs.triton_grad(
-                    logits, targets, stats, stats[0], dentropy, 1.0, cap, logits
-                )
-                yield measured(f"{dtype} {cap} {dentropy is not None}")
+    for dtype, cap, entropy in (
+        (torch.float32, 0.0, False),
+        (torch.bfloat16, 0.0, True),
+        (torch.float32, 30.0, True),
+        (torch.float16, 30.0, False),
+    ):
+        logits, targets = rows(dtype)
+        stats = logprobs.triton(logits, targets, 1.0, cap)
+        yield measured(f"{dtype} {cap}")
+        dentropy = stats[1] if entropy else None
+        logprobs.triton_grad(logits, targets, stats, stats[0], dentropy, 1.0, cap, logits)
+        yield measured(f"{dtype} {cap} {entropy}")
 
 
 def group_kernels():
@@ -101,13 +101,14 @@ def group_kernels():
         yield measured(scale.name)
 
 
-def fused(objective: Objective, dtype: torch.dtype, num_tokens: int = 2, *, eps: float = 1e-6,
-          ddof: int = 1, temperature: float = 1.0, groups: bool = False, narrow: bool = False):  # fmt: skip
+def fused(objective: Objective, dtype: torch.dtype, num_tokens: int = 2, *,
+          eps: float = 1e-6, ddof: int = 1, temperature: float = 1.0,
+          groups: bool = False, narrow: bool = False):  # fmt: skip
     logits, targets = rows(dtype, num_tokens)
     floats = torch.zeros(num_tokens)
     fields = TokenFields(
-        weight=floats, old_logp=floats, ref_logp=floats, extras={},
-        advantage=None if groups else floats,
+        weight=floats, old_logp=floats, ref_logp=floats, rollout_logp=floats,
+        advantage=None if groups else floats, extras={"temperature": floats},
     )  # fmt: skip
     rewards = GroupRewards(
         rewards=torch.zeros(4),
@@ -123,10 +124,17 @@ def fused(objective: Objective, dtype: torch.dtype, num_tokens: int = 2, *, eps:
 
 def policy_kernels():
     everything = DynamicClipSurrogate() + KL3() + EntropyBonus()
-    for objective in (PolicyGradient(), ClippedSurrogate(dual_clip=3.0), everything):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            fused(objective, dtype)
-            yield measured(f"{type(objective).__name__} {dtype}")
+    for objective, dtype in (
+        (PolicyGradient(), torch.float32),
+        (everything, torch.float32),
+        (everything, torch.bfloat16),
+        (ClippedSurrogate(dual_clip=3.0), torch.float16),
+    ):
+        fused(objective, dtype)
+        yield measured(f"{type(objective).__name__} {dtype}")
+    zoo = runpy.run_path(str(Path(__file__).parents[1] / "test_tracing.py"))["Zoo"]
+    fused(zoo(), torch.float32)
+    yield measured("most of the table")
     fused(everything, torch.float32, groups=True)
     yield measured("from rewards")
     fused(everything, torch.float32, narrow=True)

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from rlvr_fast import objectives
 from rlvr_fast.objectives import Objective, Tokens
+from rlvr_fast.ops import policy_rows
 from rlvr_fast.ops.linear_logprobs import linear_logprobs
 from rlvr_fast.ops.policy_loss import PolicyLossOutput, policy_loss, reference
 from rlvr_fast.ops.transform import LogitTransform
 from rlvr_fast.packed import ScoredTokens
+from rlvr_fast.tracing.trace import trace
 
 HIDDEN, VOCAB = 8, 33
 SETTINGS = {"temperature": 0.7, "softcap": 9.0, "logit_scale": 1.5}
@@ -259,6 +261,33 @@ def test_rewards_alone_are_normalised_by_group():
     objective = objectives.ClippedSurrogate()
     a, b = (policy_loss(hidden, weight, t, objective).loss for t in (by_hand, by_op))
     torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows_per_tile", [1000, 7])
+@pytest.mark.parametrize("given", ["advantage", "rewards"])
+def test_one_kernel_and_two_sweeps_agree(monkeypatch, rows_per_tile, given):
+    hidden, weight, bias = head(20, torch.float32)
+    tokens = scored(hidden, weight, bias, [3, 5, 8, 4])
+    if given == "rewards":
+        rewards = torch.tensor([1.0, 0.0, torch.nan, 1.0])
+        tokens = replace(tokens, advantage=None, rewards=rewards)
+    objective = objectives.DynamicClipSurrogate() + objectives.EntropyBonus(coef=0.1)
+
+    def run() -> tuple[PolicyLossOutput, list[Tensor]]:
+        budget = rows_per_tile * VOCAB * 4
+        out = policy_loss(
+            hidden, weight, tokens, objective, bias=bias, logits_budget=budget, **SETTINGS
+        )
+        return out, gradients(out.loss, hidden, weight, bias)
+
+    sweeps, expected = run()
+    monkeypatch.setattr(policy_rows, "fusible", lambda objective, device: trace(objective))
+    kernel, found = run()
+    torch.testing.assert_close(kernel.loss, sweeps.loss, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(kernel.logp, sweeps.logp)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert kernel.metrics.read() == pytest.approx(sweeps.metrics.read(), rel=1e-4)
 
 
 def test_no_tokens_give_zero_loss_with_gradients_attached():

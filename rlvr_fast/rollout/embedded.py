@@ -1,0 +1,255 @@
+"""The engine that is always available: transformers, in this process.
+
+Each prompt is computed once, in a pack with the others, and its keys and values serve all of its
+samples. The rows of a batch then advance together, and those that have finished leave it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlvr_fast import attention, models
+from rlvr_fast.ops.transform import LogitTransform, transformed
+from rlvr_fast.packed import Sample, pack
+from rlvr_fast.rollout import Completion, SamplingParams
+from rlvr_fast.rollout.kv_cache import KeyValueCache, Prefill
+
+_ROWS_AT_ONCE = 32  # Their fp32 logits stay in the CPU's cache while the tokens are drawn.
+
+
+class _Row(NamedTuple):
+    prompt: int
+    sample: int
+
+
+class EmbeddedEngine:
+    """Generation with an own copy of a model, see `Engine`.
+
+    Args:
+        model: a folder or hub id, see `models.resolve`.
+        dtype: of the copy; its cache is fp32. In bf16 on a CPU the logits, too, are rounded to
+            bf16 before the fp32 softmax: log-probabilities are those of what was sampled from.
+        device: where the copy lives.
+        cache_tokens: how many tokens of prompts and completions are held at once; a larger
+            request runs in turns. A single row may exceed it.
+
+    Raises:
+        ValueError: for a model that `attention.install` does not support.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        cache_tokens: int = 65536,
+    ) -> None:
+        loaded, tokenizer = models.load(model, dtype=dtype)
+        self._model = loaded
+        self._device = torch.device(device)
+        self._cache_tokens = cache_tokens
+        # Embeddings are often padded: the rows past the tokenizer's are never sampled.
+        self._vocab_size = len(tokenizer)
+        self._eos_ids = torch.tensor(_eos_ids(loaded, tokenizer), dtype=torch.int64, device=device)
+        self._context: int = loaded.config.get_text_config().max_position_embeddings
+        self.wake()
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> list[list[Completion]]:
+        """`sampling.n` completions for each prompt of token ids, in order.
+
+        A completion that reaches the end of the model's context is cut off there. The random
+        numbers of a sample depend on its prompt's place in `prompts` only, not on the batches.
+
+        Raises:
+            ValueError: for a prompt that is empty or leaves no room in the context.
+        """
+        for prompt in prompts:
+            if not 0 < len(prompt) < self._context:
+                raise ValueError(
+                    f"prompt: wanted 1 to {self._context - 1} tokens, the model's context less "
+                    f"one, got {len(prompt)}"
+                )
+        draws = torch.Generator().manual_seed(sampling.seed)
+        shape = (len(prompts), sampling.n, sampling.max_tokens)
+        noise = torch.rand(shape, dtype=torch.float64, generator=draws)
+        done: dict[_Row, Completion] = {}
+        for rows in self._batches(prompts, sampling):
+            batch = [prompts[row.prompt] for row in rows]
+            rows_noise = torch.stack([noise[row] for row in rows])
+            completions = self._complete(batch, rows_noise.to(self._device), sampling)
+            done.update(zip(rows, completions, strict=True))
+        return [[done[_Row(p, s)] for s in range(sampling.n)] for p in range(len(prompts))]
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies parameters, by their Hugging Face names, into the engine.
+
+        Weights that the model ties may come under any of their names.
+
+        Raises:
+            ValueError: for an unknown name, another shape, or a parameter that did not come. The
+                engine then holds a mixture.
+        """
+        own = self._model.state_dict(keep_vars=True)
+        missing = {id(p): name for name, p in self._model.named_parameters()}
+        for name, tensor in named_tensors:
+            if name not in own:
+                raise ValueError(f"named_tensors: wanted names of the model's, got {name}")
+            if tensor.shape != own[name].shape:
+                raise ValueError(
+                    f"{name}: wanted {list(own[name].shape)}, got {list(tensor.shape)}"
+                )
+            own[name].detach().copy_(tensor.detach())
+            missing.pop(id(own[name]), None)
+        if missing:
+            raise ValueError(
+                f"named_tensors: wanted all parameters, got no {min(missing.values())}"
+            )
+
+    def sleep(self) -> None:
+        """Moves the copy off an accelerator; a CPU has nothing to give back."""
+        _move(self._model, "cpu")
+
+    def wake(self) -> None:
+        """Moves the copy back."""
+        _move(self._model, self._device)
+
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> Iterator[list[_Row]]:
+        # The longest come first: prompts of similar length share a batch.
+        order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]), reverse=True)
+        batch: list[_Row] = []
+        tokens = longest = 0
+        for row in (_Row(p, s) for p in order for s in range(sampling.n)):
+            if not batch:
+                longest = len(prompts[row.prompt])
+            shared = batch and batch[-1].prompt == row.prompt
+            more = sampling.max_tokens + (0 if shared else longest)
+            if batch and tokens + more > self._cache_tokens:
+                yield batch
+                longest = len(prompts[row.prompt])
+                batch, tokens, more = [], 0, sampling.max_tokens + longest
+            batch.append(row)
+            tokens += more
+        if batch:
+            yield batch
+
+    def _complete(
+        self, prompts: Sequence[Sequence[int]], noise: Tensor, sampling: SamplingParams
+    ) -> list[Completion]:
+        """One completion per row; equal prompts must be neighbours, the longest first."""
+        cache, hidden = self._prefill(prompts, sampling.max_tokens)
+        written = _Written(*noise.shape, device=self._device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
+        alive = torch.arange(len(prompts), device=self._device)
+        for step in range(sampling.max_tokens):
+            tokens, logp = self._draw(hidden, noise[alive, step], sampling.temperature)
+            written.tokens[alive, step], written.logp[alive, step] = tokens, logp
+            written.length[alive] = step + 1
+            ended = torch.isin(tokens, self._eos_ids)
+            written.finished[alive] = ended
+            going = ~ended & (lengths[alive] + step + 1 < self._context)
+            if step + 1 == sampling.max_tokens or not going.any():
+                break
+            if not going.all():
+                kept = cache.drop(~going)
+                alive, tokens = alive[kept], tokens[kept]
+            positions = lengths[alive] + step
+            cache.grow()
+            hidden = attention.run(self._model, tokens[:, None], positions[:, None], cache)[:, 0]
+        return written.completions()
+
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int
+    ) -> tuple[KeyValueCache, Tensor]:
+        """A cache with all rows' prompts, and `[R, D]` hidden states of their last tokens."""
+        distinct = [p for i, p in enumerate(prompts) if i == 0 or p is not prompts[i - 1]]
+        changes = [i > 0 and p is not prompts[i - 1] for i, p in enumerate(prompts)]
+        prompt_of_row = torch.tensor(changes).cumsum(0).to(self._device)
+        packed = pack([[Sample(prompt_ids=p, completion_ids=[])] for p in distinct])
+        packed = packed.to(self._device)
+        length = torch.tensor([len(p) for p in distinct])
+        last = length.cumsum(0) - 1
+        source = (last - length + 1)[:, None] + torch.arange(int(length.max()))
+        cache = KeyValueCache(prompt_of_row, length.to(self._device), max_tokens)
+        plan = Prefill(
+            blocks=attention.plan_blocks(packed),
+            source=torch.minimum(source, last[:, None]).to(self._device),
+            rows=len(prompts),
+            cache=cache,
+        )
+        ids, positions = packed.input_ids[None], packed.position_ids[None]
+        hidden = attention.run(self._model, ids, positions, plan)[0]
+        return cache, hidden[last.to(self._device)][prompt_of_row]
+
+    def _draw(self, hidden: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        head = attention.head(self._model)
+        transform = LogitTransform(
+            temperature=temperature or 1.0, softcap=head.softcap, logit_scale=head.logit_scale
+        )
+        weight = head.weight[: self._vocab_size].t()
+        # Only CUDA's GEMM can leave the sums of bf16 products in fp32.
+        logits = torch.mm(hidden, weight, torch.float32) if hidden.is_cuda else hidden @ weight
+        if head.bias is not None:
+            logits = logits + head.bias[: self._vocab_size]
+        drawn = [
+            _sample(transformed(some, transform.scale, transform.cap), u if temperature else None)
+            for some, u in zip(logits.split(_ROWS_AT_ONCE), noise.split(_ROWS_AT_ONCE), strict=True)
+        ]
+        tokens, logp = zip(*drawn, strict=True)
+        return torch.cat(tokens), torch.cat(logp)
+
+
+def _sample(logits: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One token per row of fp32 logits and its log-probability; without noise the likeliest."""
+    top, likeliest = logits.max(-1, keepdim=True)
+    mass = (logits - top).exp_().cumsum(-1)
+    total = mass[:, -1:]
+    if noise is None:
+        tokens = likeliest
+    else:
+        # In (0, 1]: a token without any mass is never the first to reach the mark.
+        marks = (total * (1 - noise[:, None])).to(mass.dtype)
+        tokens = torch.searchsorted(mass, marks).clamp(max=logits.shape[1] - 1)
+    logp = logits.gather(1, tokens) - top - total.log()
+    return tokens.squeeze(1), logp.squeeze(1)
+
+
+def _move(module: torch.nn.Module, device: torch.device | str) -> None:
+    module.to(device)  # As a PreTrainedModel's method it has no usable type.
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    config = model.config.get_text_config()
+    stated = [model.generation_config, config, tokenizer]
+    ids: set[int] = set()
+    for eos in (getattr(place, "eos_token_id", None) for place in stated):
+        ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return sorted(ids)
+
+
+class _Written:
+    """What a batch has produced so far, `[rows, max_tokens]` each."""
+
+    def __init__(self, rows: int, max_tokens: int, *, device: torch.device) -> None:
+        self.tokens = torch.zeros(rows, max_tokens, dtype=torch.int64, device=device)
+        self.logp = torch.zeros(rows, max_tokens, device=device)
+        self.length = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def completions(self) -> list[Completion]:
+        if not self.logp.isfinite().all():
+            raise ValueError("weights: wanted finite log-probabilities, got NaN or infinite ones")
+        columns = (self.tokens, self.logp, self.length, self.finished)
+        return [
+            Completion(token_ids=tokens[:length], logp=logp[:length], finished=finished)
+            for tokens, logp, length, finished in zip(*(c.tolist() for c in columns), strict=True)
+        ]

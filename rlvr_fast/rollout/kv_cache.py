@@ -1,0 +1,150 @@
+"""Keys and values of rows that continue shared prompts, and the attention of one token per row.
+
+A prompt is stored once and answers the queries of all its rows in one product; each row has its
+own columns for what it wrote. Everything is fp32: on a CPU that is also the fastest.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlvr_fast.attention import BlockPlan
+
+
+class _Layer(NamedTuple):
+    prompt_keys: Tensor
+    """`[P, K, width, d]` fp32, as the values."""
+    prompt_values: Tensor
+    keys: Tensor
+    """`[R, K, capacity, d]` fp32, as the values."""
+    values: Tensor
+
+
+class KeyValueCache:
+    """The state of `R` rows between two tokens; an `attention.Plan` for `[R, 1]` tokens.
+
+    Args:
+        prompt_of_row: `[R]` int64, which prompt each row continues.
+        prompt_lengths: `[P]` int64.
+        capacity: tokens that a row may add.
+    """
+
+    def __init__(self, prompt_of_row: Tensor, prompt_lengths: Tensor, capacity: int) -> None:
+        self.layers: list[_Layer] = []
+        self.capacity = capacity
+        self._prompt_of_row = prompt_of_row
+        self._prompt_lengths = prompt_lengths
+        self._width = int(prompt_lengths.max())
+        self._used = 0
+        self._regroup()
+
+    @property
+    def longest(self) -> int:
+        return self._width + self._used
+
+    def grow(self) -> None:
+        """Opens a column, which the next `attend` of each layer fills."""
+        self._used += 1
+
+    def drop(self, ended: Tensor) -> Tensor:
+        """Takes rows out; rows from the end move into their places.
+
+        Args:
+            ended: `[R]` bool, not all true.
+
+        Returns:
+            The remaining rows by their former number, in their new order.
+        """
+        written = [x[:, :, : self._used] for layer in self.layers for x in layer[2:]]
+        order = _close_gaps(ended, written)
+        self._prompt_of_row = self._prompt_of_row[order]
+        idle = torch.bincount(self._prompt_of_row, minlength=len(self._prompt_lengths)) == 0
+        prompts = _close_gaps(idle, [x for layer in self.layers for x in layer[:2]])
+        renamed = torch.empty_like(self._prompt_lengths)
+        renamed[prompts] = torch.arange(len(prompts), device=renamed.device)
+        self._prompt_of_row = renamed[self._prompt_of_row]
+        self._prompt_lengths = self._prompt_lengths[prompts]
+        self._regroup()
+        return order
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float
+    ) -> Tensor:
+        prompts, rows = len(self._prompt_lengths), len(query)
+        prompt_keys, prompt_values = (x[:prompts] for x in self.layers[layer][:2])
+        keys, values = (x[:rows, :, : self._used] for x in self.layers[layer][2:])
+        keys[:, :, -1], values[:, :, -1] = key[:, :, 0], value[:, :, 0]
+        # `[R, K, H / K, d]`: the query heads of one key head are like further queries.
+        q = query.float().mul(scale).view(rows, keys.shape[1], -1, query.shape[-1])
+        to_prompt = self._by_prompt(q) @ prompt_keys.transpose(2, 3) + self._mask
+        scores = torch.cat([self._by_row(to_prompt), q @ keys.transpose(2, 3)], dim=-1)
+        on_prompt, on_own = scores.softmax(-1).split([self._width, self._used], dim=-1)
+        output = self._by_row(self._by_prompt(on_prompt) @ prompt_values) + on_own @ values
+        return output.view(rows, 1, query.shape[1], -1).to(value.dtype)
+
+    def _regroup(self) -> None:
+        prompt_of_row = self._prompt_of_row
+        rows = torch.arange(len(prompt_of_row), device=prompt_of_row.device)
+        sizes = torch.bincount(prompt_of_row, minlength=len(self._prompt_lengths))
+        self._most = int(sizes.max())
+        by_prompt = prompt_of_row.argsort(stable=True)
+        rank = torch.empty_like(rows)
+        rank[by_prompt] = rows - (sizes.cumsum(0) - sizes)[prompt_of_row[by_prompt]]
+        self._place_of_row = prompt_of_row * self._most + rank
+        # Places without a row compute the first row once more.
+        self._row_of_place = torch.zeros(
+            len(sizes) * self._most, dtype=torch.int64, device=rows.device
+        )
+        self._row_of_place[self._place_of_row] = rows
+        columns = torch.arange(self._width, device=rows.device)
+        hidden = columns >= self._prompt_lengths[:, None]
+        self._mask = torch.zeros(hidden.shape, device=rows.device)
+        self._mask = self._mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """`[R, K, g, w]` to `[P, K, most * g, w]`, where `most` rows have the same prompt."""
+        placed = x[self._row_of_place].unflatten(0, (-1, self._most))
+        return placed.transpose(1, 2).flatten(2, 3)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        placed = x.unflatten(2, (self._most, -1)).transpose(1, 2)
+        return placed.flatten(0, 1)[self._place_of_row]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """Attention within the prompts, which leaves their keys and values in a cache."""
+
+    blocks: BlockPlan
+    source: Tensor
+    """`[P, width]` int64: the token of the pack at each place of a prompt, surplus ones any."""
+    rows: int
+    cache: KeyValueCache
+
+    @property
+    def longest(self) -> int:
+        return self.blocks.longest
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float
+    ) -> Tensor:
+        assert layer == len(self.cache.layers)
+        prompts = [x[0][:, self.source].transpose(0, 1).float().contiguous() for x in (key, value)]
+        shape = (self.rows, key.shape[1], self.cache.capacity, key.shape[3])
+        own = [torch.empty(shape, device=key.device) for _ in range(2)]
+        self.cache.layers.append(_Layer(*prompts, *own))
+        return self.blocks.attend(layer, query, key, value, scale=scale, dropout=dropout)
+
+
+def _close_gaps(gone: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """Moves the last rows into the places of those gone; returns which ones are left, in order."""
+    order = torch.arange(len(gone), device=gone.device)
+    left = len(gone) - int(gone.sum())
+    gaps, moved = order[:left][gone[:left]], order[left:][~gone[left:]]
+    for x in tensors:
+        x[gaps] = x[moved]
+    order[gaps] = moved
+    return order[:left]
