@@ -42,8 +42,7 @@ class Plan(Protocol):
     """Decides who attends to whom; passed through the model to every layer."""
 
     @property
-    def longest(self) -> int:
-        """Tokens from the first to the last that can see it, at most."""
+    def longest(self) -> int: ...  # Tokens that see each other, first to last, at most.
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float
@@ -59,12 +58,11 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
         packed: on the model's device.
 
     Returns:
-        `[N, D]`, after the final norm, differentiable. Also under autocast and gradient
-        checkpointing.
+        `[N, D]`, after the final norm; differentiable, also under autocast and checkpointing.
 
     Raises:
-        ValueError: for a model that `install` does not support, or whose sliding window is
-            shorter than a prompt with its completion.
+        ValueError: for a model that `install` does not support, a sliding window shorter than a
+            prompt with its completion, or an empty pack.
 
     Cost: linear layers over `N` tokens, attention over each prompt with its completion.
     """
@@ -79,7 +77,7 @@ def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, plan: P
     install(model)
     _check_window(model, plan.longest)
     hidden: Tensor = model.get_decoder()(
-        input_ids,
+        input_ids=input_ids,
         position_ids=position_ids,
         # The plan replaces the mask. transformers leaves a 4-D one alone, and builds one otherwise.
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,9 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; gives the exit code: 0, 2 for the user's errors, 130 for Ctrl-C."""
+    """Runs one command; gives the exit code: 0, or 2 for a mistake of the user's, 130 for Ctrl-C,
+    141 for a reader that went away.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = given[:1] == ["--traceback"]
     run: dict[str, Callable[[list[str]], int]] = {
@@ -44,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("\nrlvr-fast: interrupted", to=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # `| head` has read enough; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except USER_ERRORS as error:
         if debug:
             raise

@@ -68,19 +68,14 @@ def evaluate(
     """
     if not prompts:
         raise ValueError("prompts: wanted at least one to evaluate on, got none")
-    for k in ks:
-        if not 1 <= k <= sampling.n:
-            raise ValueError(f"k: wanted 1 to n, {sampling.n}, got {k}")
+    if any(not 1 <= k <= sampling.n for k in ks):
+        raise ValueError(f"k: wanted 1 to n, {sampling.n}, got {', '.join(map(str, ks))}")
     groups = engine.generate([prompt.ids for prompt in prompts], sampling)
     flat = [completion for group in groups for completion in group]
     texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in flat]
     asked = [prompt for prompt in prompts for _ in range(sampling.n)]
     scores = verified(task, asked, texts)
     rewards = [score or 0.0 for score in scores]
-    hits = [
-        sum(reward >= correct for reward in rewards[start : start + sampling.n])
-        for start in range(0, len(rewards), sampling.n)
-    ]
     return Evaluation(
         reward=math.fsum(rewards) / len(rewards),
         prompts=len(prompts),
@@ -89,8 +84,13 @@ def evaluate(
         unscored=scores.count(None),
         finished=sum(completion.finished for completion in flat) / len(flat),
         length=sum(len(completion.token_ids) for completion in flat) / len(flat),
-        pass_at={k: sum(pass_at_k(sampling.n, h, k) for h in hits) / len(hits) for k in ks},
+        pass_at=_pass_at([reward >= correct for reward in rewards], sampling.n, ks),
     )
+
+
+def _pass_at(correct: Sequence[bool], n: int, ks: Sequence[int]) -> dict[int, float]:
+    hits = [sum(correct[start : start + n]) for start in range(0, len(correct), n)]
+    return {k: sum(pass_at_k(n, hit, k) for hit in hits) / len(hits) for k in ks}
 
 
 def evaluate_model(model: str, config: EvalConfig) -> dict[str, Any]:

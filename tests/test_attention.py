@@ -41,6 +41,9 @@ KINDS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
+    "a scale of its own": lambda: GraniteForCausalLM(
+        GraniteConfig(**SIZES, attention_multiplier=0.7)
+    ),
     "one key head per query head": lambda: LlamaForCausalLM(
         LlamaConfig(**SIZES | {"num_key_value_heads": 4})
     ),

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,17 @@ def test_a_finished_run_that_is_resumed_trains_nothing_and_stays_as_it_was(unint
 
     assert done.steps == STEPS
     assert (uninterrupted / "metrics.jsonl").read_text() == before
+
+
+def test_a_line_that_was_left_half_written_is_dropped(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')
+
+    train(resumed_config(run, None, {})[0], resume=True)
+
+    assert without_times(run) == without_times(uninterrupted)
 
 
 def test_a_changed_meaning_is_refused_field_by_field(uninterrupted):

@@ -86,6 +86,21 @@ def test_dropping_sequences_without_gradient_changes_no_gradient(name):
     assert_same(gradient(dropping, groups), gradient(keeping, groups))
 
 
+def test_dropped_sequences_still_count_in_the_denominators():
+    groups = rollouts()
+    lengths = [rollout.scored_tokens for group in groups for rollout in group]
+
+    by_token, by_sequence = (
+        [sample for group in optimiser(name).samples(groups) for sample in group]
+        for name in ("reinforce", "grpo")
+    )
+
+    assert [s.token_weight for s in by_token] == pytest.approx([1 / sum(lengths)] * 5)
+    assert [s.token_weight * len(s.completion_ids) for s in by_sequence] == pytest.approx(
+        [1 / 9] * 5
+    )
+
+
 @pytest.mark.parametrize("budget", [1, 20, 30])
 @pytest.mark.parametrize("name", ["grpo", "reinforce", "gspo"])
 def test_the_microbatch_budget_changes_no_gradient(name, budget):

@@ -182,6 +182,20 @@ def test_a_float_that_python_branches_on_becomes_a_literal():
     assert up.scalars(Branching(margin=0.5)) == ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Typed(Objective):
+    strength: object = 2.0
+
+    def token_loss(self, t: Tokens) -> Tensor:
+        return -t.logp * (self.strength if isinstance(self.strength, float) else 0.0)
+
+
+def test_a_float_that_python_asks_the_type_of_becomes_a_literal():
+    assert trace(Typed()).literal
+    case = tokens()
+    torch.testing.assert_close(in_triton(Typed(), *case), eager(Typed(), *case))
+
+
 def objective_of(body) -> Objective:
     return type("Own", (Objective,), {"token_loss": lambda self, t: body(t)})()
 
@@ -268,9 +282,8 @@ def test_pointwise_functions_are_exact_to_a_few_eps(name):
     x = size if name == "log1p" else torch.cat([size, -size])
     out = torch.empty_like(x)
     pointwise_kernel[(1,)](x, out, N=len(x), FN=getattr(pointwise, name))
-    torch.testing.assert_close(
-        out.double(), getattr(torch, name)(x.double()), rtol=5e-7, atol=1e-38
-    )
+    exact = getattr(torch, name)(x.double())
+    torch.testing.assert_close(out.double(), exact, rtol=5e-7, atol=1e-38)
 
 
 def test_the_cache_is_private_and_repairs_itself(monkeypatch, tmp_path):

@@ -47,7 +47,10 @@ def test_a_run_leaves_a_model_metrics_and_completions(tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert [row["step"] for row in rows if "eval_reward" in row] == [0, 2, 3]
     assert {"reward", "length", "mismatch_kl", "entropy", "seconds_update"} <= rows[1].keys()
-    texts = [json.loads(line) for line in (done.run_folder / "completions.jsonl").open()]
+    texts = [
+        json.loads(line)
+        for line in (done.run_folder / "completions.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in texts] == [1, 1, 2, 2, 3, 3]
     assert list((done.run_folder / "tensorboard").glob("events*"))
 

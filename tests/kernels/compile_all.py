@@ -1,6 +1,6 @@
 """Compiles every kernel for one GPU that need not be there: `python compile_all.py 90`.
 
-Prints a line of JSON for each: registers, stack, wide loads. The launchers run as they are; only
+Prints a line of JSON for each: registers, stack, instructions. The launchers run as they are; only
 the driver is made up, and a launch becomes a compilation.
 """
 
@@ -71,6 +71,7 @@ def measured(name: str) -> dict[str, object]:
         "kernel": f"{kernel.metadata.name} {name}",
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]) + int(found["LOCAL"]),
+        "nan_aware": len(re.findall(r"(min|max)\.NaN\.f32", kernel.asm["ptx"])),
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])),
     }
 

@@ -48,5 +48,13 @@ def test_logits_are_loaded_16_bytes_at_a_time(compiled, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_clipping_does_not_hide_nan(compiled, architecture):
+    # The interpreter cannot tell: its minimum keeps NaN whatever the kernel says.
+    clipped = [x for x in compiled[architecture] if "Clipped" in x.get("kernel", "")]
+    assert clipped
+    assert all(line["nan_aware"] for line in clipped)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_other_lengths_and_values_need_no_other_program(compiled, architecture):
     assert compiled[architecture][-1] == {"recompilations": 0}
