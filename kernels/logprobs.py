@@ -87,6 +87,8 @@ def row_stats(
     The tail is a loop of at most one pass: a compiler that sees two tails alike keeps all that
     one computed for the other, and spills.
     """
+    # Before the last reduction: after it a faster warp may be overwriting the row.
+    z_target = transformed(tl.load(row_ptr + target), scale, cap, HAS_CAP)
     top = NO_MAXIMUM
     others = tl.zeros([BLOCK_V], tl.float32)
     spread = tl.zeros([BLOCK_V], tl.float32)
@@ -100,7 +102,7 @@ def row_stats(
         top, others, spread = fold(top, others, spread, z, v, target)
 
     rest = tl.sum(others, axis=0)
-    d = floored(transformed(tl.load(row_ptr + target), scale, cap, HAS_CAP) - top)
+    d = floored(z_target - top)
     e = tl.exp(d)
     log_total = tl.where(d == 0, log1p(rest), tl.log(rest + e))
     entropy = log_total - (tl.sum(spread, axis=0) + e * d) / (rest + e)

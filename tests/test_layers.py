@@ -16,7 +16,7 @@ LAYERS = [
     ["objectives", "advantages", "aggregate"],
     ["rollout", "rewards", "tasks", "models", "attention", "prompts", "options"],
     ["methods"],
-    ["config", "checkpoint", "metrics", "microbatch", "optimise", "evaluate", "trainer"],
+    ["config", "devices", "checkpoint", "metrics", "microbatch", "optimise", "evaluate", "trainer"],
     ["integrations"],
     ["cli"],
 ]

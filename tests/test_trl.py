@@ -72,7 +72,6 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]]
             "temperature": TEMPERATURE,
             "epsilon": 0.2,
             "epsilon_high": 0.28,
-            "gradient_checkpointing": False,
             "report_to": "none",
             "disable_dropout": True,
         }
@@ -96,9 +95,11 @@ def padded(rows: list[list[Any]], left: bool) -> tuple[Tensor, Tensor]:
     return values, mask
 
 
-def per_token_noise() -> list[list[float]]:
+def shifted(logps: list[list[float]], sign: float) -> list[list[float]]:
+    """Other log-probabilities not far away."""
     generator = torch.Generator().manual_seed(1)
-    return [(0.3 * torch.randn(len(c), generator=generator)).tolist() for c in COMPLETIONS]
+    noise = (0.3 * torch.randn(len(c), generator=generator) for c in COMPLETIONS)
+    return [(torch.tensor(x) + sign * n).tolist() for x, n in zip(logps, noise, strict=True)]
 
 
 @pytest.mark.parametrize(("settings", "objective", "seq_weight"), CASES.values(), ids=CASES.keys())
@@ -107,8 +108,7 @@ def test_loss_and_gradients_equal_stock_trl(stock, settings, objective, seq_weig
     model = trainer.model
     model.train()
     own = own_logp(model)
-    old = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(own, per_token_noise(), strict=True)]
-    ref = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(own, per_token_noise(), strict=True)]
+    old, ref = shifted(own, -1.0), shifted(own, 1.0)
 
     trainer.current_gradient_accumulation_steps = 1
     theirs = trainer._compute_loss(model, trl_inputs(old, ref, trainer))

@@ -14,11 +14,11 @@ class Scale(Enum):
     """What a centred reward is multiplied by."""
 
     STD = 0
-    """`1 / (std + eps)`: GRPO (2402.03300), section 4.1.2."""
+    """`1 / (std + eps)`: 2402.03300, section 4.1.2."""
     NONE = 1
-    """1: Dr. GRPO (2503.20783)."""
+    """1: 2503.20783."""
     LEAVE_ONE_OUT = 2
-    """`n / (n - 1)`, which centres on the mean of the others: RLOO (2402.14740)."""
+    """`n / (n - 1)`, which centres on the mean of the others: 2402.14740."""
 
 
 @dataclass(frozen=True, kw_only=True)

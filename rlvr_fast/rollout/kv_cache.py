@@ -83,7 +83,8 @@ class KeyValueCache:
         scores = torch.cat([self._by_row(to_prompt), q @ keys.transpose(2, 3)], dim=-1)
         on_prompt, on_own = scores.softmax(-1).split([self._width, self._used], dim=-1)
         output = self._by_row(self._by_prompt(on_prompt) @ prompt_values) + on_own @ values
-        return output.view(rows, 1, query.shape[1], -1).to(value.dtype)
+        heads: Tensor = output.view(rows, 1, query.shape[1], -1)
+        return heads.to(value.dtype)
 
     def _regroup(self) -> None:
         prompt_of_row = self._prompt_of_row
@@ -106,11 +107,11 @@ class KeyValueCache:
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """`[R, K, g, w]` to `[P, K, most * g, w]`, where `most` rows have the same prompt."""
-        placed = x[self._row_of_place].unflatten(0, (-1, self._most))
+        placed: Tensor = x[self._row_of_place].unflatten(0, (-1, self._most))
         return placed.transpose(1, 2).flatten(2, 3)
 
     def _by_row(self, x: Tensor) -> Tensor:
-        placed = x.unflatten(2, (self._most, -1)).transpose(1, 2)
+        placed: Tensor = x.unflatten(2, (self._most, -1)).transpose(1, 2)
         return placed.flatten(0, 1)[self._place_of_row]
 
 

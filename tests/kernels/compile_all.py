@@ -71,7 +71,7 @@ def measured(name: str) -> dict[str, object]:
         "kernel": f"{kernel.metadata.name} {name}",
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]) + int(found["LOCAL"]),
-        "nan_aware": len(re.findall(r"(min|max)\.NaN\.f32", kernel.asm["ptx"])),
+        "nan_aware": sorted(set(re.findall(r"(min|max)\.NaN\.f32", kernel.asm["ptx"]))),
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])),
     }
 
@@ -127,6 +127,7 @@ def policy_kernels():
     everything = DynamicClipSurrogate() + KL3() + EntropyBonus()
     for objective, dtype in (
         (PolicyGradient(), torch.float32),
+        (EntropyBonus(), torch.bfloat16),
         (everything, torch.float32),
         (everything, torch.bfloat16),
         (ClippedSurrogate(dual_clip=3.0), torch.float16),
