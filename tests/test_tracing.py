@@ -243,6 +243,16 @@ def test_tracing_works_where_gradients_are_off(context):
     assert traced.reads_entropy
 
 
+def test_constants_may_have_the_shape_of_the_tokens():
+    def body(t):
+        ones = torch.ones(t.logp.shape) + t.logp.new_zeros(t.logp.shape)
+        return ones * t.logp - torch.full((len(t.logp),), 2.0) * t.entropy
+
+    case = tokens()
+    own = objective_of(body)
+    torch.testing.assert_close(in_triton(own, *case), eager(own, *case))
+
+
 def test_a_constant_loss_has_no_gradient():
     flat = objective_of(lambda t: t.advantage * 2 + 1)
     assert not in_triton(flat, *tokens())[1:].any()

@@ -24,7 +24,10 @@ class Traced:
     """What a kernel needs to know of an objective; shared by all of the same structure."""
 
     graph: fx.GraphModule
-    """(logp, entropy, weight, `FIELDS`, `extras`, scalars) to (loss, dlogp, dentropy or None)."""
+    """(logp, entropy, weight, `FIELDS`, `extras`, scalars) to (loss, dlogp, dentropy or None).
+
+    Its constants may have the number of tokens it was traced with, which is 3.
+    """
     source: str
     """Of the Triton module; see `triton_source.device_function`."""
     key: str
@@ -48,6 +51,7 @@ class Traced:
         return () if self.literal else tuple(_floats(objective))
 
 
+_SIZE = 3
 _traced: dict[Hashable, Traced | None] = {}
 _literal: set[Hashable] = set()
 """Structures whose floats are part of the source."""
@@ -83,15 +87,18 @@ def _trace(objective: Objective, *, literal: bool) -> Traced | None:
     """With the floats as arguments, or as literals."""
     with torch.inference_mode(False), torch.enable_grad():
         try:
-            traced = _traced_with(objective, _extras_read(objective), literal)
+            extras = _extras_read(objective)
+            # Code that depends on the number of tokens differs between two numbers.
+            traced, other = (_traced_at(size, objective, extras, literal) for size in (_SIZE, 5))
         except NotPointwise:
             return None
-        return traced if _agrees(traced, objective) else None
+        same = traced.source == other.source and _agrees(traced, objective)
+    return traced if same else None
 
 
-def _traced_with(objective: Objective, extras: tuple[str, ...], literal: bool) -> Traced:
+def _traced_at(size: int, objective: Objective, extras: tuple[str, ...], literal: bool) -> Traced:
     count = 0 if literal else len(tuple(_floats(objective)))
-    shapes = [(3,)] * (3 + len(FIELDS) + len(extras)) + [()] * count
+    shapes = [(size,)] * (3 + len(FIELDS) + len(extras)) + [()] * count
     graph = _graph(_with_gradients(objective, extras, literal), shapes)
     used = [bool(node.users) for node in graph.graph.nodes if node.op == "placeholder"]
     reads = tuple(name for name, use in zip(FIELDS, used[3:], strict=False) if use)
@@ -154,11 +161,9 @@ def _graph(function: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> f
 
 
 def _agrees(traced: Traced, objective: Objective) -> bool:
-    """Code may depend on the number of tokens (4 here, traced with 3), or on `float` fields being
-    floats, which under tracing they are not.
-    """
+    """Code may ask whether a field is a float, which under tracing it is not."""
     count = 3 + len(FIELDS) + len(traced.extras)
-    tokens = [torch.linspace(-1.0, 1.5, 4).roll(i) * 0.9**i for i in range(count)]
+    tokens = [torch.linspace(-1.0, 1.5, _SIZE).roll(i) * 0.9**i for i in range(count)]
     ours = traced.graph(*tokens, *map(torch.tensor, traced.scalars(objective)))
     wanted = _with_gradients(objective, traced.extras, True)(*tokens)
     return all(
