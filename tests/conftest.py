@@ -10,7 +10,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(2)
+# Two threads on a busy machine wait milliseconds for each other at every small op.
+torch.set_num_threads(1)
 
 Precise = Callable[[Tensor, Tensor, Tensor], None]
 

@@ -61,7 +61,8 @@ def policy_loss(
             CPU, whose GEMMs round their result to the input dtype, that dtype. fp32 there costs an
             fp32 copy of the weight and an fp32 GEMM.
         logits_budget: bytes of logits alive at once; default 512 MiB on the CPU, 2 GiB on CUDA.
-            With several tiles and a weight below fp32, an fp32 `[V, D]` accumulator comes on top.
+            On top come autocast's copies of the inputs and, with several tiles and a weight below
+            fp32, an fp32 `[V, D]` accumulator.
         normalisation: how rewards become advantages when `tokens.advantage` is missing; default
             `GroupNormalisation()`.
 

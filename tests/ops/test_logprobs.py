@@ -160,6 +160,18 @@ def test_each_output_passes_gradcheck(temperature, softcap, which):
     assert torch.autograd.gradcheck(output, logits)
 
 
+def test_the_number_of_threads_changes_no_bit():
+    logits, targets = rows(40_000, torch.bfloat16, num_tokens=9)
+    assert op.threads(logits) == torch.get_num_threads() == 1
+    one = op.cpp(logits, targets, 1.0, 0.0)
+    torch.set_num_threads(3)
+    try:
+        assert op.threads(logits) == 3
+        assert torch.equal(one, op.cpp(logits, targets, 1.0, 0.0))
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_it_equals_log_softmax_of_the_scaled_logits():
     logits, targets = rows(50, torch.float32)
     out = op.logprobs(logits, targets, temperature=0.6)
