@@ -21,15 +21,20 @@ lint: $(VENV)/tested
 bench: $(VENV)/benched
 	$(BIN)/rlvr-fast bench
 
-# The wheel, built in isolation, works from an empty folder.
+# The wheel, built in isolation, works by itself. Its environment borrows the dependencies through
+# a path, which does not run the other folder's .pth files, so not the editable install.
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 wheel: $(VENV)/tested
-	rm -rf build/wheel && mkdir -p build/wheel/empty
+	rm -rf build/wheel
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(BIN)/python -m venv --system-site-packages build/wheel/venv
-	build/wheel/venv/bin/python -m pip install --quiet --no-deps --target build/wheel/site build/wheel/*.whl
-	cd build/wheel/empty && PYTHONPATH=../site ../../../$(BIN)/python -P -c \
-	  "import rlvr_fast, torch; assert 'site' in rlvr_fast.__file__; \
+	$(BIN)/python -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install --quiet --no-deps build/wheel/*.whl
+	$(BIN)/python -c '$(PACKAGES)' > \
+	  "$$(build/wheel/venv/bin/python -c '$(PACKAGES)')/dependencies.pth"
+	cd build/wheel && venv/bin/python -c "import rlvr_fast, torch; \
+	  assert 'build/wheel/venv' in rlvr_fast.__file__; \
 	  print(rlvr_fast.logprobs(torch.zeros(1, 8), torch.tensor([3])))"
+	cd build/wheel && venv/bin/rlvr-fast train tiny --steps 3 --run_folder run --tensorboard false
 
 # Not isolated, so that C++ edits can be rebuilt in place.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard csrc/*)

@@ -76,11 +76,11 @@ def test_forward_and_backward(
     del gemms
     rows = [
         timing.row("GFLOP/s")
-        | {"MB": _megabytes(steps[timing.name]) if timing.name in steps else None}
+        | {"MB": megabytes(steps[timing.name]) if timing.name in steps else None}
         | errors.get(timing.name, dict.fromkeys(ERROR_NAMES))
         for timing in timings
     ]
-    title = f"policy_loss, forward and backward: {_shape(given)}, {rounds} rounds"
+    title = f"policy_loss, forward and backward: {shape(given)}, {rounds} rounds"
     report(Table(title=title, rows=rows, notes=notes))
 
 
@@ -119,7 +119,7 @@ def test_scoring(benchmark: BenchmarkFixture, report: Report) -> None:
             t.row("GFLOP/s") | {"MB": peak_bytes(calls[t.name]) / MB if i else None}
             for i, t in enumerate(timings)
         ]
-    report(Table(title=f"Scoring, logp and entropy, forward only: {_shape(given)}", rows=rows))
+    report(Table(title=f"Scoring, logp and entropy, forward only: {shape(given)}", rows=rows))
 
 
 def test_row_sweeps(benchmark: BenchmarkFixture, report: Report) -> None:
@@ -149,7 +149,7 @@ def test_row_sweeps(benchmark: BenchmarkFixture, report: Report) -> None:
         benchmark=benchmark,
     )
     rows: list[Row] = [t.row("GB/s") | {"GB/s": t.rate or None} for t in timings]
-    report(Table(title=f"Row sweeps in bf16: {_shape(given)}", rows=rows))
+    report(Table(title=f"Row sweeps in bf16: {shape(given)}", rows=rows))
 
 
 class Gemms:
@@ -208,11 +208,11 @@ def _distances(solved: Solved, exact: Solved, loss_scale: float) -> dict[str, fl
     }
 
 
-def _megabytes(step: Step) -> float:
+def megabytes(step: Step) -> float:
     solved: list[Solved] = []
     peak = peak_bytes(lambda: solved.append(step()))
     return max(0, peak - sum(gradient.nbytes for gradient in solved[0][1:])) / MB
 
 
-def _shape(given: Problem) -> str:
+def shape(given: Problem) -> str:
     return "T={}, D={}, V={}, bf16".format(*given.shape)

@@ -72,6 +72,9 @@ def compare(
         One `Timing` per contender, in their order.
     """
     found: list[list[float]] = []
+    gc.collect()
+    # Collecting between the calls then looks at their garbage only, not at torch and the peers.
+    gc.freeze()
 
     def one_round() -> None:
         first = len(found) % len(contenders)
@@ -85,6 +88,7 @@ def compare(
         found.append(seconds)
 
     benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1)
+    gc.unfreeze()
     by_contender = [tuple(times) for times in zip(*found[-rounds:], strict=True)]
     base = by_contender[[contender.name for contender in contenders].index(floor)]
     return [
