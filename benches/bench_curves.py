@@ -49,12 +49,12 @@ def test_threads(benchmark: BenchmarkFixture, report: Report) -> None:
     given = heads.problem(1024, HIDDEN, VOCAB)
     solo = {FLOOR: Gemms(given).into_place, "policy_loss": heads.ours(given)}
     calls: Calls = {
-        f"{name}, {count} threads": partial(_with_threads, count, call)
+        f"{name}, threads: {count}": partial(_with_threads, count, call)
         for count in range(1, torch.get_num_threads() + 1)
         for name, call in solo.items()
     }
     contenders = [Contender(name=n, call=c, work=3 * given.gemm_flops) for n, c in calls.items()]
-    timings = compare(contenders, floor=f"{FLOOR}, 1 threads", rounds=5, benchmark=benchmark)
+    timings = compare(contenders, floor=f"{FLOOR}, threads: 1", rounds=5, benchmark=benchmark)
     report(Table(title=f"Threads: {shape(given)}", rows=[t.row("GFLOP/s") for t in timings]))
 
 
