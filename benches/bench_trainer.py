@@ -5,7 +5,7 @@ Both train SmolLM2-135M with AdamW on fp32 weights, forward and backward under b
 never samples, so every completion has exactly 12 tokens; the reward is the length of the text, so
 every group has a signal and we may leave nothing out. TRL generates with transformers' `generate`.
 Its settings are its defaults except: no gradient checkpointing (ours has none either), and four
-micro-batches of 32, the fastest of those tried (NOTES.md).
+micro-batches of 32 (NOTES.md: not established as the fastest).
 
 Both step in turn in one process: ours runs when a step of TRL's loop has ended.
 """
