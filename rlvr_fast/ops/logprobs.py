@@ -95,7 +95,8 @@ def cpp(logits: Tensor, targets: Tensor, scale: float, cap: float) -> Tensor:
     from rlvr_fast import _C
 
     stats = torch.empty(4, logits.shape[0], dtype=torch.float32)
-    _C.logprobs_fwd(as_numpy(logits), targets.numpy(), scale, cap, stats.numpy(), threads(logits))
+    ids = targets.contiguous().numpy()
+    _C.logprobs_fwd(as_numpy(logits), ids, scale, cap, stats.numpy(), threads(logits))
     return stats
 
 
@@ -191,8 +192,8 @@ def cpp_grad(
 
     _C.logprobs_bwd(
         as_numpy(logits),
-        targets.numpy(),
-        stats.numpy(),
+        targets.contiguous().numpy(),
+        stats.contiguous().numpy(),
         dlogp.contiguous().numpy(),
         None if dentropy is None else dentropy.contiguous().numpy(),
         scale,

@@ -70,6 +70,18 @@ def test_rows_may_lie_any_distance_apart(backend):
 
 
 @backends
+def test_targets_may_be_every_other_entry_of_a_tensor(backend):
+    logits, targets = rows(50, torch.float32)
+    strided = torch.stack([targets, torch.zeros_like(targets)], 1)[:, 0]
+    stats = op.BACKENDS[backend](logits, targets, 1.0, 0.0)
+    assert torch.equal(op.BACKENDS[backend](logits, strided, 1.0, 0.0), stats)
+    found = [torch.empty_like(logits) for _ in range(2)]
+    for ids, out in zip((targets, strided), found, strict=True):
+        op.GRAD_BACKENDS[backend](logits, ids, stats, torch.ones(3), None, 1.0, 0.0, out)
+    assert torch.equal(*found)
+
+
+@backends
 @pytest.mark.parametrize("level", [0.0, 1e4, -1e4])
 def test_equal_logits_give_the_uniform_distribution(backend, level):
     logits, targets = torch.full((2, 1000), level), torch.tensor([0, 999])
