@@ -99,7 +99,11 @@ class TiledHead:
         bias: Tensor | None,
         settings: HeadSettings,
         wanted: Wanted,
+        *,
+        name: str = "head",
     ) -> None:
+        """Two heads at work at the same time need a `name` each: it is that of their buffers."""
+        self._name = name
         self._hidden = hidden.to(settings.dtype)
         self._weight = weight.to(settings.dtype)
         self._bias = None if bias is None else bias.to(settings.dtype)
@@ -193,7 +197,7 @@ class TiledHead:
 
     def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         size = rows * self._stride
-        flat = workspace(name, size * dtype.itemsize, self._hidden.device)
+        flat = workspace(f"{self._name} {name}", size * dtype.itemsize, self._hidden.device)
         return flat.view(dtype)[:size].view(rows, self._stride)[:, : len(self._weight)]
 
 
