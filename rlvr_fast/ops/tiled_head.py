@@ -1,11 +1,15 @@
 """The GEMMs of an LM head over row tiles, shared by every op that starts from hidden states."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rlvr_fast.ops.tiles import tile_rows
+from rlvr_fast.ops.workspace import recycled, release_workspace, scratch, workspace
+
+__all__ = ["release_workspace"]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """d_hidden, d_weight, d_bias."""
@@ -15,6 +19,10 @@ DEFAULT_BUDGET = {"cpu": 512 << 20, "cuda": 2 << 30}
 
 VOCAB_BLOCK = 4096
 """CPU rows of d_weight per GEMM: the product stays in the cache until it is accumulated."""
+
+INVARIANT_ROWS = 256
+"""Rows of every logits GEMM that must give the same bits whatever the batch: one shape, one
+algorithm, one order of sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,8 @@ class HeadSettings:
     logits_dtype: torch.dtype
     budget: int
     """Bytes of logits alive at once."""
+    batch_invariant: bool = False
+    """Logits are computed in GEMMs of `INVARIANT_ROWS` rows, the last one padded."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ def head_settings(
     *,
     logits_dtype: torch.dtype | None,
     logits_budget: int | None,
+    batch_invariant: bool = False,
 ) -> HeadSettings:
     """Checks the head's inputs and fills in defaults; under autocast its dtype, as `nn.Linear`.
 
@@ -68,6 +79,10 @@ def head_settings(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: wanted [{weight.shape[0]}], got {list(bias.shape)}")
+    if hidden.device != weight.device:
+        raise ValueError(
+            f"hidden, weight: wanted one device, got {hidden.device} and {weight.device}"
+        )
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -86,7 +101,9 @@ def head_settings(
     budget = DEFAULT_BUDGET.get(device, 2 << 30) if logits_budget is None else logits_budget
     if budget < 1:
         raise ValueError(f"logits_budget: wanted at least one byte, got {budget}")
-    return HeadSettings(dtype=dtype, logits_dtype=logits_dtype, budget=budget)
+    return HeadSettings(
+        dtype=dtype, logits_dtype=logits_dtype, budget=budget, batch_invariant=batch_invariant
+    )
 
 
 class TiledHead:
@@ -100,28 +117,36 @@ class TiledHead:
         settings: HeadSettings,
         wanted: Wanted,
         *,
+        weight_grad: Tensor | None = None,
         name: str = "head",
     ) -> None:
-        """Two heads at work at the same time need a `name` each: it is that of their buffers."""
-        self._name = name
+        """Plans the tiles; the GEMMs come with `logits` and `accumulate`.
+
+        Args:
+            wanted: gradients to compute.
+            weight_grad: `[V, D]`, to which the gradient of the weight is added; `gradients` then
+                has none for it.
+            name: of the buffers. Two heads at work at the same time need one each.
+        """
+        self._name, self._settings, self.wanted = name, settings, wanted
         self._hidden = hidden.to(settings.dtype)
-        self._weight = weight.to(settings.dtype)
+        self._weight = self._cast("weight", weight, settings.dtype)
         self._bias = None if bias is None else bias.to(settings.dtype)
-        self._logits_dtype = settings.logits_dtype
-        self.wanted = wanted
-        self._separate = wanted.any and settings.logits_dtype != settings.dtype
+        self._wide_weight: Tensor | None = None
         # Rows start at multiples of 16 bytes on CUDA, whatever the vocabulary.
         self._stride = len(weight) + (-len(weight) % 8 if hidden.is_cuda else 0)
-        per_logit = settings.logits_dtype.itemsize + self._separate * settings.dtype.itemsize
-        self.rows = max(1, settings.budget // (self._stride * per_logit))
-        """Tokens per tile."""
-        self._wide_weight: Tensor | None = None
-        self._d_hidden = None if wanted.hidden is None else torch.empty_like(self._hidden)
-        self._d_weight = (
-            None
-            if wanted.weight is None
-            else torch.empty_like(self._weight, dtype=self._accumulator_dtype())
+        self.rows = tile_rows(
+            len(hidden),
+            settings.budget // (self._stride * settings.logits_dtype.itemsize),
+            hidden.shape[1],
+            hidden.device,
         )
+        """Tokens per tile."""
+        self._d_hidden = None if wanted.hidden is None else torch.empty_like(self._hidden)
+        self._d_weight, self._first = weight_grad, weight_grad is None
+        self._keeps_d_weight = weight_grad is None
+        if wanted.weight is not None and weight_grad is None:
+            self._d_weight = self._new_d_weight(wanted.weight)
         self._d_bias = (
             None
             if wanted.bias is None
@@ -129,75 +154,122 @@ class TiledHead:
                 len(weight), dtype=torch.promote_types(settings.dtype, torch.float32)
             )
         )
-        self._first = True
-
-    def _accumulator_dtype(self) -> torch.dtype:
-        """One tile rounds once anyway; several need fp32 between them."""
-        dtype = self._weight.dtype
-        if len(self._hidden) <= self.rows and self.wanted.weight == dtype:
-            return dtype
-        return torch.promote_types(dtype, torch.float32)
 
     def tiles(self, chunk: slice) -> Iterator[slice]:
-        """Slices of at most `rows` tokens, as equal as they come."""
+        """Slices of at most `rows` tokens; on the CPU as equal as they come."""
         start, length = chunk.start, chunk.stop - chunk.start
         count = -(-length // self.rows)
+        if self._hidden.is_cuda:
+            for i in range(count):
+                yield slice(start + i * self.rows, min(start + (i + 1) * self.rows, chunk.stop))
+            return
         for i in range(count):
             yield slice(start + i * length // count, start + (i + 1) * length // count)
 
     def logits(self, tile: slice) -> Tensor:
         """`[t, V]` raw logits in the shared buffer; the next call overwrites them."""
-        hidden, weight, bias, dtype = (
-            self._hidden[tile],
-            self._weight,
-            self._bias,
-            self._logits_dtype,
+        hidden = self._hidden[tile]
+        if not self._settings.batch_invariant:
+            out = self._logits_buffer(len(hidden))
+            self._linear(hidden, out)
+            return out
+        padded = hidden.new_zeros(
+            -(-len(hidden) // INVARIANT_ROWS) * INVARIANT_ROWS, hidden.shape[1]
         )
-        out = self._buffer("logits", len(hidden), dtype)
-        if hidden.dtype == dtype:
-            _linear(hidden, weight, bias, out)
-        elif hidden.is_cuda:
-            torch.mm(hidden, weight.t(), out_dtype=dtype, out=out)
-            if bias is not None:
-                out += bias
-        else:
-            # CPU GEMMs have no bf16-in, fp32-out form.
-            if self._wide_weight is None:
-                self._wide_weight = weight.to(dtype)
-            wide_bias = None if bias is None else bias.to(dtype)
-            _linear(hidden.to(dtype), self._wide_weight, wide_bias, out)
-        return out
+        padded[: len(hidden)] = hidden
+        out = self._logits_buffer(len(padded))
+        for rows, block in zip(
+            padded.split(INVARIANT_ROWS), out.split(INVARIANT_ROWS), strict=True
+        ):
+            self._linear(rows, block)
+        return out[: len(hidden)]
 
     def gradient_buffer(self, logits: Tensor) -> Tensor:
-        """Where d(loss)/d(logits) goes: over the logits themselves if the dtype allows."""
-        if not self._separate:
+        """Where d(loss)/d(logits) goes: over the logits; a narrower dtype at the front of rows."""
+        dtype = self._settings.dtype
+        if logits.dtype == dtype:
             return logits
-        return self._buffer("gradient", len(logits), self._hidden.dtype)
+        ratio = logits.dtype.itemsize // dtype.itemsize
+        shape, strides = logits.shape, (logits.stride(0) * ratio, 1)
+        flat = torch.empty(0, dtype=dtype, device=logits.device)
+        return flat.set_(logits.untyped_storage(), logits.storage_offset() * ratio, shape, strides)
 
-    def accumulate(self, tile: slice, dlogits: Tensor) -> None:
-        """Adds this tile's part of every wanted gradient."""
+    def accumulate(self, tile: slice, dlogits: Tensor, rows: Tensor | None = None) -> None:
+        """Adds this tile's part of every wanted gradient.
+
+        Args:
+            dlogits: `[t, V]`, or `[n, V]` with only some rows of the tile.
+            rows: `[n]` int64, which ones; the others have no gradient.
+        """
         hidden = self._hidden[tile]
-        if self._d_hidden is not None:
+        if self._d_hidden is not None and rows is None:
             torch.mm(dlogits, self._weight, out=self._d_hidden[tile])
+        elif self._d_hidden is not None and rows is not None:
+            self._d_hidden[tile].zero_().index_copy_(0, rows, torch.mm(dlogits, self._weight))
         if self._d_weight is not None:
-            add_product(self._d_weight, dlogits, hidden, first=self._first)
+            kept = hidden if rows is None else hidden.index_select(0, rows)
+            add_product(self._d_weight, dlogits, kept, first=self._first)
         if self._d_bias is not None:
             self._d_bias += dlogits.sum(0, dtype=self._d_bias.dtype)
         self._first = False
 
     def gradients(self) -> Gradients:
         """In the dtypes of the inputs."""
-        if self._first and self._d_weight is not None:
-            self._d_weight.zero_()
-        found = (self._d_hidden, self._d_weight, self._d_bias)
-        dtypes = (self.wanted.hidden, self.wanted.weight, self.wanted.bias)
-        return tuple(  # type: ignore[return-value]
-            None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)
+        hidden, weight, bias = self._d_hidden, self._d_weight, self._d_bias
+        if self._first and weight is not None:
+            weight.zero_()
+        if not self._keeps_d_weight:
+            weight = None
+        if weight is not None and self.wanted.weight != weight.dtype:
+            assert self.wanted.weight is not None
+            weight = self._result("d_weight", self.wanted.weight).copy_(weight)
+        return (
+            None if hidden is None else hidden.to(self.wanted.hidden),
+            weight,
+            None if bias is None else bias.to(self.wanted.bias),
         )
 
-    def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        size = rows * self._stride
-        flat = workspace(f"{self._name} {name}", size * dtype.itemsize, self._hidden.device)
+    def _new_d_weight(self, leaves_as: torch.dtype) -> Tensor:
+        """One tile rounds once anyway; several need fp32 between them."""
+        dtype = self._weight.dtype
+        if len(self._hidden) > self.rows or leaves_as != dtype:
+            dtype = torch.promote_types(dtype, torch.float32)
+        if dtype == leaves_as:
+            return self._result("d_weight", dtype)
+        return scratch(f"{self._name} d_weight", self._weight.shape, dtype, self._weight.device)
+
+    def _result(self, name: str, dtype: torch.dtype) -> Tensor:
+        return recycled(
+            f"{self._name} {name} {dtype}", self._weight.shape, dtype, self._weight.device
+        )
+
+    def _cast(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype == dtype or x.is_cuda:
+            return x.to(dtype)
+        return scratch(f"{self._name} {name} {dtype}", x.shape, dtype, x.device).copy_(x)
+
+    def _linear(self, hidden: Tensor, out: Tensor) -> None:
+        """`out = hidden @ weight.T + bias`, fp32 logits from narrower inputs included."""
+        weight, bias, dtype = self._weight, self._bias, out.dtype
+        if hidden.dtype != dtype and hidden.is_cuda:
+            torch.mm(hidden, weight.t(), out_dtype=dtype, out=out)
+            if bias is not None:
+                out += bias
+            return
+        if hidden.dtype != dtype:
+            # CPU GEMMs have no bf16-in, fp32-out form.
+            if self._wide_weight is None:
+                self._wide_weight = self._cast("wide weight", weight, dtype)
+            hidden, weight = hidden.to(dtype), self._wide_weight
+            bias = None if bias is None else bias.to(dtype)
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=out)
+
+    def _logits_buffer(self, rows: int) -> Tensor:
+        size, dtype = rows * self._stride, self._settings.logits_dtype
+        flat = workspace(f"{self._name} logits", size * dtype.itemsize, self._hidden.device)
         return flat.view(dtype)[:size].view(rows, self._stride)[:, : len(self._weight)]
 
 
@@ -210,39 +282,12 @@ def add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) 
             total, dlogits.t(), hidden, beta=0 if first else 1, out_dtype=total.dtype, out=total
         )
     else:
-        for start in range(0, total.shape[0], VOCAB_BLOCK):
-            block = slice(start, start + VOCAB_BLOCK)
-            product = torch.mm(dlogits[:, block].t(), hidden)
+        shape = (VOCAB_BLOCK, hidden.shape[1])
+        products = scratch("product", shape, hidden.dtype, hidden.device)
+        for start in range(0, len(total), VOCAB_BLOCK):
+            block = slice(start, min(start + VOCAB_BLOCK, len(total)))
+            product = torch.mm(dlogits[:, block].t(), hidden, out=products[: block.stop - start])
             if first:
                 total[block].copy_(product)
             else:
                 total[block].add_(product)
-
-
-def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(hidden, weight.t(), out=out)
-    else:
-        torch.addmm(bias, hidden, weight.t(), out=out)
-
-
-_kept = threading.local()
-
-
-def workspace(name: str, size: int, device: torch.device) -> Tensor:
-    """At least `size` bytes. On the CPU kept for the next call: fresh pages cost a third of a GEMM.
-
-    `release_workspace` gives them back. CUDA has its own caching allocator.
-    """
-    if device.type != "cpu":
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    buffers: dict[str, Tensor] = _kept.__dict__
-    if name not in buffers or buffers[name].numel() < size:
-        buffers.pop(name, None)
-        buffers[name] = torch.empty(size, dtype=torch.uint8)
-    return buffers[name]
-
-
-def release_workspace() -> None:
-    """Frees this thread's CPU buffers, at most `logits_budget` bytes (twice that if dtypes mix)."""
-    _kept.__dict__.clear()
