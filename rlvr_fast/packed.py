@@ -4,121 +4,15 @@ Shape letters used everywhere: `T` scored (completion) tokens, `S` sequences, `G
 `V` vocabulary, `D` hidden, `N` model inputs (prompts and completions).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from rlvr_fast.scored import ScoredTokens
 
-@dataclass(frozen=True, kw_only=True)
-class ScoredTokens:
-    """What a loss needs to know about the `T` completion tokens of a pack.
-
-    Only `targets` and `weight` are required. Without `old_logp` the policy has not moved since
-    sampling and every ratio is exactly 1. Without `advantage`, `rewards` and both offsets let the
-    op normalise each group itself. The offsets plan the work, so they live on the CPU.
-
-    Raises:
-        ValueError: for a field whose shape, dtype or device does not fit the others.
-    """
-
-    targets: Tensor
-    """`[T]` int64, the token each hidden state should predict, in `[0, V)`."""
-    weight: Tensor
-    """`[T]` fp32. The loss is `sum(weight * token_loss)`; 0 masks a token. See `aggregate`."""
-    seq_offsets: Tensor | None = None
-    """`[S+1]` int64 on the CPU: tokens `seq_offsets[s]` to `seq_offsets[s+1]` are sequence `s`."""
-    group_offsets: Tensor | None = None
-    """`[G+1]` int64 on the CPU: which sequences answer the same prompt."""
-    old_logp: Tensor | None = None
-    """`[T]` fp32 nats, under the policy at the start of the update."""
-    ref_logp: Tensor | None = None
-    """`[T]` fp32 nats, under the reference policy."""
-    rollout_logp: Tensor | None = None
-    """`[T]` fp32 nats, as the sampler reported them."""
-    rewards: Tensor | None = None
-    """`[S]` fp32; NaN marks a sequence nobody could score (advantage 0)."""
-    advantage: Tensor | None = None
-    """`[T]` or `[S]` fp32."""
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further named `[T]` tensors that an objective reads as `t.extras[name]`."""
-
-    def __post_init__(self) -> None:
-        if self.targets.dim() != 1 or self.targets.dtype != torch.int64:
-            raise ValueError(f"targets: wanted int64 [T], got {_shown(self.targets)}")
-        for name, value in self._token_fields().items():
-            if value.shape != self.targets.shape or not value.is_floating_point():
-                raise ValueError(
-                    f"{name}: wanted floating point [{self.num_tokens}], got {_shown(value)}"
-                )
-        _check_offsets("seq_offsets", self.seq_offsets, self.num_tokens)
-        if self.group_offsets is not None and self.seq_offsets is None:
-            raise ValueError("group_offsets: wanted seq_offsets beside it, got None")
-        _check_offsets("group_offsets", self.group_offsets, self.num_sequences)
-        if self.rewards is not None and self.rewards.shape != (self.num_sequences,):
-            raise ValueError(
-                f"rewards: wanted [{self.num_sequences}] and seq_offsets, "
-                f"got {_shown(self.rewards)}"
-            )
-        if self.advantage is not None and self.advantage.shape not in (
-            (self.num_tokens,),
-            (self.num_sequences,),
-        ):
-            raise ValueError(
-                f"advantage: wanted [{self.num_tokens}] or [{self.num_sequences}], "
-                f"got {_shown(self.advantage)}"
-            )
-
-    def _token_fields(self) -> dict[str, Tensor]:
-        named = {
-            "weight": self.weight,
-            "old_logp": self.old_logp,
-            "ref_logp": self.ref_logp,
-            "rollout_logp": self.rollout_logp,
-        } | {f"extras[{name!r}]": value for name, value in self.extras.items()}
-        return {name: value for name, value in named.items() if value is not None}
-
-    @property
-    def num_tokens(self) -> int:
-        return self.targets.shape[0]
-
-    @property
-    def num_sequences(self) -> int:
-        """0 when there are no `seq_offsets`."""
-        return 0 if self.seq_offsets is None else self.seq_offsets.shape[0] - 1
-
-    @property
-    def seq_lengths(self) -> Tensor:
-        """`[S]` int64 on the CPU."""
-        if self.seq_offsets is None:
-            raise ValueError("wanted ScoredTokens with seq_offsets, got None")
-        return self.seq_offsets.diff()
-
-    def expand(self, per_sequence: Tensor) -> Tensor:
-        """`[S]` to `[T]`: every token gets the value of its sequence."""
-        lengths = self.seq_lengths.to(per_sequence.device)
-        return per_sequence.repeat_interleave(lengths, output_size=self.num_tokens)
-
-    def to(self, device: torch.device | str) -> "ScoredTokens":
-        """A copy whose tensors are on `device`; the offsets stay on the CPU."""
-
-        def move(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            targets=self.targets.to(device, non_blocking=True),
-            weight=self.weight.to(device, non_blocking=True),
-            old_logp=move(self.old_logp),
-            ref_logp=move(self.ref_logp),
-            rollout_logp=move(self.rollout_logp),
-            rewards=move(self.rewards),
-            advantage=move(self.advantage),
-            extras={
-                name: value.to(device, non_blocking=True) for name, value in self.extras.items()
-            },
-        )
+__all__ = ["Packed", "Sample", "ScoredTokens", "pack"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,16 +176,3 @@ def _ints(values: Sequence[int]) -> Tensor:
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), _ints(lengths).cumsum(0)])
-
-
-def _check_offsets(name: str, offsets: Tensor | None, total: int) -> None:
-    if offsets is None:
-        return
-    if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.is_cuda or not len(offsets):
-        raise ValueError(f"{name}: wanted int64 [n+1] on the CPU, got {_shown(offsets)}")
-    if offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any():
-        raise ValueError(f"{name}: wanted ascending from 0 to {total}, got {offsets.tolist()[:8]}")
-
-
-def _shown(value: Tensor) -> str:
-    return f"{value.dtype} {list(value.shape)} on {value.device}"

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module may import its own layer and those before it.
 LAYERS = [
     ["kernels"],
-    ["_C", "packed"],
+    ["_C", "scored", "packed"],
     ["tracing"],
     ["ops"],
     ["objectives", "advantages", "aggregate"],

@@ -11,9 +11,13 @@ from rlvr_fast.tracing.tokens import TokenFields
 
 @dataclass(frozen=True, kw_only=True)
 class LossMetrics:
-    """0-dim fp32 tensors over the unmasked tokens; merge micro-batches, then read once."""
+    """0-dim fp32 tensors over the scored, unmasked tokens; merge micro-batches, then read once."""
 
     tokens: Tensor
+    rows: Tensor
+    """All rows, masked and skipped ones too."""
+    skipped: Tensor
+    """Rows that were not multiplied, because their gradient is exactly zero."""
     entropy: Tensor
     """Sum, nats."""
     kl: Tensor
@@ -46,7 +50,8 @@ class LossMetrics:
         )
 
     def read(self) -> dict[str, float]:
-        """Plain numbers: means per token, extrema, and `ess`, the effective sample size in (0, 1].
+        """Plain numbers: means per token, extrema, `ess`, the effective sample size in (0, 1], and
+        `skipped`, the share of rows that were not multiplied.
 
         Waits for the device once.
         """
@@ -57,6 +62,7 @@ class LossMetrics:
         empty = raw["tokens"] == 0
         return {
             "tokens": raw["tokens"],
+            "skipped": raw["skipped"] / max(raw["rows"], 1.0),
             "entropy": raw["entropy"] / count,
             "kl": raw["kl"] / count,
             "ratio_mean": 1.0 if empty else raw["ratio"] / count,
@@ -68,8 +74,10 @@ class LossMetrics:
         }
 
 
-def loss_metrics(logp: Tensor, entropy: Tensor, dlogp: Tensor, fields: TokenFields) -> LossMetrics:
-    """From the results of all rows, `[T]` each. No host sync."""
+def loss_metrics(
+    logp: Tensor, entropy: Tensor, dlogp: Tensor, fields: TokenFields, *, skipped: int = 0
+) -> LossMetrics:
+    """From the results of the scored rows; `skipped` counts the others. No host sync."""
     kept = fields.weight != 0
     old_logp = logp if fields.old_logp is None else torch.where(kept, fields.old_logp, logp)
     log_ratio = (logp - old_logp).clamp(-20.0, 20.0)
@@ -83,6 +91,8 @@ def loss_metrics(logp: Tensor, entropy: Tensor, dlogp: Tensor, fields: TokenFiel
 
     return LossMetrics(
         tokens=kept.sum().to(logp.dtype),
+        rows=logp.new_full((), len(logp) + skipped),
+        skipped=logp.new_full((), skipped),
         entropy=total(entropy),
         kl=total(ratio - 1 - log_ratio),
         ratio=total(ratio),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlvr_fast.packed import ScoredTokens
+from rlvr_fast.scored import ScoredTokens
 from rlvr_fast.tracing.level import Level
 from rlvr_fast.tracing.objective import Objective
 from rlvr_fast.tracing.tokens import Segments, TokenFields, Tokens
@@ -45,7 +45,7 @@ class Segmentation:
     def view(self, logp: Tensor, entropy: Tensor, fields: TokenFields, rows: slice) -> Tokens:
         """What an objective sees of `rows`, which lie at whole segments."""
         kept = fields.weight != 0
-        seq, group = _segments(self.seq, rows, kept), _segments(self.group, rows, kept)
+        seq, group = segments(self.seq, rows, kept), segments(self.group, rows, kept)
         return Tokens(logp, entropy, fields, seq, group)
 
 
@@ -119,7 +119,7 @@ def evaluate(
     )
 
 
-def _segments(offsets: Tensor | None, rows: slice, kept: Tensor) -> Segments | None:
+def segments(offsets: Tensor | None, rows: slice, kept: Tensor) -> Segments | None:
     """Segments of `rows`, which lie at whole segments of `offsets` (tokens, on the CPU)."""
     if offsets is None:
         return None

@@ -1,19 +1,22 @@
 """The heavy op: LM head, log-probabilities, objective and all gradients in one pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlvr_fast.ops import compiled
 from rlvr_fast.ops import logprobs as row_op
+from rlvr_fast.ops.active_rows import active_rows, advantages, mark_active
 from rlvr_fast.ops.group_advantages import GroupNormalisation
 from rlvr_fast.ops.loss_metrics import LossMetrics, loss_metrics
 from rlvr_fast.ops.objective_rows import Segmentation, masked_loss, sliced, token_fields
-from rlvr_fast.ops.policy_rows import PolicyCall, advantages
+from rlvr_fast.ops.policy_rows import PolicyCall
+from rlvr_fast.ops.row_results import RowResults, SkippedRows
 from rlvr_fast.ops.tiled_head import Wanted, head_settings
 from rlvr_fast.ops.transform import LogitTransform
-from rlvr_fast.packed import ScoredTokens
+from rlvr_fast.scored import ScoredTokens
 from rlvr_fast.tracing.level import Level
 from rlvr_fast.tracing.objective import Objective
 
@@ -22,11 +25,20 @@ from rlvr_fast.tracing.objective import Objective
 class PolicyLossOutput:
     loss: Tensor
     """0-dim fp32, `sum(weight * token_loss)`; its backward hands out finished gradients."""
-    logp: Tensor
-    """`[T]` fp32, nats, <= 0; detached."""
-    entropy: Tensor
-    """`[T]` fp32, nats; detached."""
     metrics: LossMetrics
+    rows: RowResults
+
+    @property
+    def logp(self) -> Tensor:
+        """`[T]` fp32, nats, <= 0; detached. Rows that were skipped are scored on first use, for
+        2 D V flops each, which has to be before the weights change (RuntimeError).
+        """
+        return self.rows.complete()[0]
+
+    @property
+    def entropy(self) -> Tensor:
+        """`[T]` fp32, nats; detached. Skipped rows as for `logp`."""
+        return self.rows.complete()[1]
 
 
 def policy_loss(
@@ -42,6 +54,9 @@ def policy_loss(
     logits_dtype: torch.dtype | None = None,
     logits_budget: int | None = None,
     normalisation: GroupNormalisation | None = None,
+    score_all: bool = False,
+    batch_invariant: bool = False,
+    weight_grad: Tensor | None = None,
 ) -> PolicyLossOutput:
     """Loss of any objective over packed tokens, with gradients to hidden, weight and bias.
 
@@ -49,6 +64,11 @@ def policy_loss(
     and the two gradient GEMMs before the next tile starts. An objective that looks at whole
     sequences or groups gets tiles cut at their boundaries; a segment longer than a tile has its
     logits computed twice.
+
+    Rows whose gradient is known to be exactly zero are never multiplied: those of weight 0, and
+    those without an advantage if the objective's gradient vanishes with it. On the CPU the op finds
+    them; on CUDA they are those that `tokens.active` names (see `mark_active`). Rows that turn out
+    without a gradient later (clipped ones) are left out of the gradient GEMMs on the CPU.
 
     Args:
         hidden: `[T, D]` fp32, bf16, fp16 (or fp64 on the CPU): the rows that predict the targets.
@@ -62,37 +82,117 @@ def policy_loss(
             fp32 copy of the weight and an fp32 GEMM.
         logits_budget: bytes of logits alive at once; default 512 MiB on the CPU, 2 GiB on CUDA.
             On top come autocast's copies of the inputs and, with several tiles and a weight below
-            fp32, an fp32 `[V, D]` accumulator.
+            fp32, an fp32 `[V, D]` accumulator. CPU buffers are kept for the next call; see
+            `release_workspace`.
         normalisation: how rewards become advantages when `tokens.advantage` is missing; default
             `GroupNormalisation()`.
+        score_all: skipped rows count in the metrics too, for 2 D V flops each.
+        batch_invariant: the same row gives the same bits of logp and entropy whatever else is in
+            the batch and however it is tiled. The logits GEMM then has a fixed number of rows.
+        weight_grad: `[V, D]` fp32: the gradient of the weight is added to it during this call, and
+            autograd gets none, so that micro-batches need no `[V, D]` pass to add theirs up. Only
+            for a loss that is differentiated as it is: a factor on it would be lost.
 
     Returns:
         `PolicyLossOutput`.
 
     Raises:
-        ValueError: for shapes, dtypes, targets or settings other than these.
+        ValueError: for shapes, dtypes, devices, targets or settings other than these.
 
-    Cost: 6 T D V flops (2 for logits, 2 for each of d_hidden and d_weight; a frozen operand, or
-    `no_grad`, saves its 2), plus two reads and one write of each logit. No host sync on CUDA.
+    Cost: 6 T D V flops for the rows not skipped (2 for logits, 2 for each of d_hidden and
+    d_weight; a frozen operand, or `no_grad`, saves its 2), plus two reads and one write of each
+    logit. No host sync on CUDA.
     """
+    if torch.compiler.is_compiling():
+        if weight_grad is not None:
+            raise ValueError("weight_grad: wanted None inside torch.compile, got a tensor")
+        settings_of_call = {
+            "temperature": temperature,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "logits_dtype": logits_dtype,
+            "logits_budget": logits_budget,
+            "normalisation": normalisation,
+            "score_all": score_all,
+            "batch_invariant": batch_invariant,
+        }
+        loss, rows, metrics = compiled.run(
+            hidden, weight, tokens, objective, bias, settings_of_call
+        )
+        return PolicyLossOutput(loss=loss, metrics=metrics, rows=RowResults(rows))
     settings = head_settings(
-        hidden, weight, bias, logits_dtype=logits_dtype, logits_budget=logits_budget
+        hidden,
+        weight,
+        bias,
+        logits_dtype=logits_dtype,
+        logits_budget=logits_budget,
+        batch_invariant=batch_invariant,
     )
     row_op.check_targets(tokens.targets, len(hidden), len(weight))
-    transform = LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    _check_weight_grad(weight_grad, weight)
     call = PolicyCall(
         settings=settings,
         tokens=tokens,
         objective=objective,
-        transform=transform,
+        transform=LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         normalisation=normalisation or GroupNormalisation(),
+        weight_grad=weight_grad,
     )
+    return _skipping(hidden, weight, bias, call, score_all)
+
+
+def _skipping(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: PolicyCall, score_all: bool
+) -> PolicyLossOutput:
+    """Runs the call on its active rows and puts their results where they belong."""
+    tokens = call.tokens
+    if tokens.targets.device.type == "cpu":
+        tokens = mark_active(tokens, call.objective, normalisation=call.normalisation)
+    active = active_rows(tokens)
+    if active is None:
+        loss, rows = _apply(hidden, weight, bias, call)
+        return _output(loss, rows, tokens, RowResults(rows))
+    index = active.to(hidden.device, non_blocking=True)
+    part = replace(call, tokens=tokens.select(active))
+    # index_select, not indexing: the backward of that adds in an order that threads decide.
+    loss, found = _apply(hidden.index_select(0, index), weight, bias, part)
+    rows = found.new_zeros(len(found), len(hidden)).index_copy_(1, index, found)
+    results = RowResults(rows, SkippedRows.of(hidden, weight, bias, call, tokens))
+    if not score_all:
+        return _output(loss, found, part.tokens, results, skipped=len(hidden) - len(active))
+    advantage = advantages(tokens, call.normalisation)
+    rows[3] = 0.0 if advantage is None else advantage
+    return _output(loss, results.complete(), tokens, results)
+
+
+def _apply(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: PolicyCall
+) -> tuple[Tensor, Tensor]:
     loss, rows = _PolicyLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, call, torch.is_grad_enabled()
     )
+    return loss, rows
+
+
+def _output(
+    loss: Tensor, rows: Tensor, tokens: ScoredTokens, results: RowResults, *, skipped: int = 0
+) -> PolicyLossOutput:
     logp, entropy, dlogp, advantage = rows
-    metrics = loss_metrics(logp, entropy, dlogp, token_fields(tokens, advantage))
-    return PolicyLossOutput(loss=loss, logp=logp, entropy=entropy, metrics=metrics)
+    fields = token_fields(tokens, advantage)
+    metrics = loss_metrics(logp, entropy, dlogp, fields, skipped=skipped)
+    return PolicyLossOutput(loss=loss, metrics=metrics, rows=results)
+
+
+def _check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
+    if weight_grad is None:
+        return
+    wanted = torch.promote_types(weight.dtype, torch.float32)
+    fits = weight_grad.shape == weight.shape and weight_grad.device == weight.device
+    if not fits or weight_grad.dtype != wanted or not weight_grad.is_contiguous():
+        raise ValueError(
+            f"weight_grad: wanted contiguous {wanted} {list(weight.shape)} on {weight.device}, "
+            f"got {weight_grad.dtype} {list(weight_grad.shape)} on {weight_grad.device}"
+        )
 
 
 def reference(
@@ -128,6 +228,8 @@ class _PolicyLoss(torch.autograd.Function):
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         wanted = Wanted.of(ctx.needs_input_grad if grad_enabled else (), hidden, weight, bias)
+        if grad_enabled and call.weight_grad is not None:
+            wanted = replace(wanted, weight=call.weight_grad.dtype)
         loss, rows, ctx.gradients = call.run(hidden, weight, bias, wanted)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.call, ctx.wanted = call, wanted
@@ -139,12 +241,21 @@ class _PolicyLoss(torch.autograd.Function):
         # Autograd keeps a gradient without copying it only if nobody else holds it; so it is
         # handed out once, and a second backward through a retained graph computes it again.
         gradients, ctx.gradients = ctx.gradients, None
+        if ctx.call.weight_grad is not None and (gradients is None or _scaled(dloss)):
+            raise ValueError(
+                "weight_grad: wanted one backward pass through the loss as it is, got "
+                + ("a second one" if gradients is None else f"a factor of {float(dloss)}")
+            )
         if gradients is None:
             hidden, weight, bias = ctx.saved_tensors
             gradients = ctx.call.run(hidden, weight, bias, ctx.wanted)[2]
-        # Reading dloss would wait for a CUDA device; on the CPU it saves a pass over d_weight.
-        if dloss.is_cuda or dloss != 1:
+        if dloss.is_cuda or _scaled(dloss):
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(dloss)
         return (*gradients, None, None)
+
+
+def _scaled(dloss: Tensor) -> bool:
+    """Whether the CPU knows of a factor; reading it on CUDA would wait for the device."""
+    return not dloss.is_cuda and bool(dloss != 1)

@@ -7,16 +7,20 @@ import torch
 from torch import Tensor
 
 from rlvr_fast.ops import logprobs as row_op
+from rlvr_fast.ops.active_rows import advantages
 from rlvr_fast.ops.fused_rows import GroupRewards, fused_rows
-from rlvr_fast.ops.group_advantages import GroupNormalisation, group_advantages
+from rlvr_fast.ops.group_advantages import GroupNormalisation
 from rlvr_fast.ops.objective_rows import Segmentation, evaluate, sliced, token_fields
-from rlvr_fast.ops.tiled_head import Gradients, HeadSettings, TiledHead, Wanted
+from rlvr_fast.ops.tiled_head import VOCAB_BLOCK, Gradients, HeadSettings, TiledHead, Wanted
 from rlvr_fast.ops.transform import LogitTransform
-from rlvr_fast.packed import ScoredTokens
+from rlvr_fast.scored import ScoredTokens
 from rlvr_fast.tracing.level import Level, level
 from rlvr_fast.tracing.objective import Objective
 from rlvr_fast.tracing.tokens import TokenFields
 from rlvr_fast.tracing.trace import Traced, trace
+
+WORTH_COMPACTING = 0.8
+"""Of a tile's rows at most this many have a gradient: moving them costs less than it saves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +32,14 @@ class PolicyCall:
     objective: Objective
     transform: LogitTransform
     normalisation: GroupNormalisation
+    weight_grad: Tensor | None = None
+    """Takes the gradient of the weight, which then does not go through autograd."""
 
     def run(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
     ) -> tuple[Tensor, Tensor, Gradients]:
         """The loss; `[4, T]` of logp, entropy, d(loss)/d(logp) and advantage; the gradients."""
-        head = TiledHead(hidden, weight, bias, self.settings, wanted)
+        head = TiledHead(hidden, weight, bias, self.settings, wanted, weight_grad=self.weight_grad)
         dtype = torch.promote_types(self.settings.logits_dtype, torch.float32)
         rows = hidden.new_empty(4, len(hidden), dtype=dtype)
         loss = hidden.new_zeros((), dtype=dtype)
@@ -68,17 +74,6 @@ def fusible(objective: Objective, device: torch.device) -> Traced | None:
     return trace(objective)
 
 
-def advantages(tokens: ScoredTokens, normalisation: GroupNormalisation) -> Tensor | None:
-    """`[T]`: the tokens' own advantage, or their rewards normalised by group, or None."""
-    advantage = tokens.advantage
-    if advantage is None:
-        if tokens.rewards is None or tokens.group_offsets is None:
-            return None
-        offsets = tokens.group_offsets.to(tokens.rewards.device, non_blocking=True)
-        advantage = group_advantages(tokens.rewards, offsets, normalisation=normalisation)
-    return advantage if len(advantage) == tokens.num_tokens else tokens.expand(advantage)
-
-
 class TwoSweeps:
     """Statistics, the objective in plain torch, gradient: any device, any objective."""
 
@@ -101,18 +96,18 @@ class TwoSweeps:
             if len(tiles) > 1:
                 logits = head.logits(tile)
             local = slice(tile.start - chunk.start, tile.stop - chunk.start)
+            dlogp, dentropy = found.dlogp[local], found.dentropy
+            dentropy = None if dentropy is None else dentropy[local]
+            ids, kept = targets[tile], rows_to_keep(dlogp, dentropy)
+            if kept is not None:
+                logits = compacted(logits, kept)
+                ids, dlogp, tile_stats = ids[kept], dlogp[kept], tile_stats[:, kept]
+                dentropy = None if dentropy is None else dentropy[kept]
             gradient = head.gradient_buffer(logits)
             row_op.row_grad(
-                logits,
-                targets[tile],
-                tile_stats,
-                found.dlogp[local],
-                None if found.dentropy is None else found.dentropy[local],
-                transform.scale,
-                transform.cap,
-                gradient,
+                logits, ids, tile_stats, dlogp, dentropy, transform.scale, transform.cap, gradient
             )
-            head.accumulate(tile, gradient)
+            head.accumulate(tile, gradient, kept)
         rows[:3, chunk] = torch.stack([joined[0], joined[1], found.dlogp])
         rows[3, chunk] = 0.0 if fields.advantage is None else fields.advantage
         return (fields.weight * found.token_loss).sum()
@@ -154,18 +149,35 @@ class OneKernel:
         return loss
 
 
-def _group_rewards(tokens: ScoredTokens, normalisation: GroupNormalisation) -> GroupRewards | None:
-    if tokens.rewards is None or tokens.group_offsets is None:
+def rows_to_keep(dlogp: Tensor, dentropy: Tensor | None) -> Tensor | None:
+    """`[n]` int64: rows with a gradient, where leaving the others out of two GEMMs pays.
+
+    On the CPU only: elsewhere counting them means waiting for the device.
+    """
+    if dlogp.device.type != "cpu" or not len(dlogp):
         return None
-    device = tokens.rewards.device
-    group_of_seq = torch.arange(len(tokens.group_offsets) - 1).repeat_interleave(
-        tokens.group_offsets.diff()
-    )
-    seq_of_token = tokens.expand(torch.arange(tokens.num_sequences))
+    alive = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
+    kept = alive.nonzero().squeeze(1)
+    return kept if len(kept) <= WORTH_COMPACTING * len(dlogp) else None
+
+
+def compacted(logits: Tensor, rows: Tensor) -> Tensor:
+    """`[n, V]`: the rows moved to the front of the same memory, which they overwrite."""
+    for block in logits.split(VOCAB_BLOCK, dim=1):
+        block[: len(rows)] = block.index_select(0, rows)
+    return logits[: len(rows)]
+
+
+def _group_rewards(tokens: ScoredTokens, normalisation: GroupNormalisation) -> GroupRewards | None:
+    found = tokens.segments
+    if tokens.rewards is None or found.group_offsets is None:
+        return None
+    assert found.seq_of_token is not None
+    assert found.group_of_seq is not None
     return GroupRewards(
         rewards=tokens.rewards,
-        group_offsets=tokens.group_offsets.to(device, non_blocking=True),
-        seq_of_token=seq_of_token.to(device, non_blocking=True),
-        group_of_seq=group_of_seq.to(device, non_blocking=True),
+        group_offsets=found.group_offsets,
+        seq_of_token=found.seq_of_token,
+        group_of_seq=found.group_of_seq,
         normalisation=normalisation,
     )

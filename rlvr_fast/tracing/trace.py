@@ -99,7 +99,7 @@ def _trace(objective: Objective, *, literal: bool) -> Traced | None:
 def _traced_at(size: int, objective: Objective, extras: tuple[str, ...], literal: bool) -> Traced:
     count = 0 if literal else len(tuple(_floats(objective)))
     shapes = [(size,)] * (3 + len(FIELDS) + len(extras)) + [()] * count
-    graph = _graph(_with_gradients(objective, extras, literal), shapes)
+    graph = core_graph(_with_gradients(objective, extras, literal), shapes)
     used = [bool(node.users) for node in graph.graph.nodes if node.op == "placeholder"]
     reads = tuple(name for name, use in zip(FIELDS, used[3:], strict=False) if use)
     others = [name for name in FIELDS[2:] if name in reads]
@@ -144,8 +144,12 @@ def _with_gradients(
     return run
 
 
-def _graph(function: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> fx.GraphModule:
-    """Of core aten ops, without mutation. Functionalisation refuses autograd: it comes second."""
+def core_graph(function: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> fx.GraphModule:
+    """Of core aten ops, without mutation, from a function that may differentiate.
+
+    Raises:
+        NotPointwise: for a function that fails on symbolic values.
+    """
     values = [torch.ones(shape) for shape in shapes]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -154,6 +158,7 @@ def _graph(function: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> f
         except _FAILURES as error:
             # It ran on numbers (`_extras_read`), so that this is about tracing.
             raise NotPointwise(str(error)) from error
+        # Functionalisation refuses autograd: it comes second.
         core: Any = core_aten_decompositions()
         graph = make_fx(torch.func.functionalize(with_mutation), decomposition_table=core)(*values)
     graph.graph.eliminate_dead_code()
@@ -195,7 +200,7 @@ class _EveryField(Tokens):
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
-        return _AnyExtra(lambda name: torch.where(self.kept, self._extra(name), 0.0))
+        return AnyExtra(lambda name: torch.where(self.kept, self._extra(name), 0.0))
 
     def seq_sum(self, x: Tensor) -> Tensor:
         raise NotPointwise("a sum over tokens")
@@ -203,7 +208,7 @@ class _EveryField(Tokens):
     seq_mean = group_mean = seq_sum
 
 
-class _AnyExtra(Mapping[str, Tensor]):
+class AnyExtra(Mapping[str, Tensor]):
     """Answers to names, not to questions about which there are."""
 
     def __init__(self, lookup: Callable[[str], Tensor]) -> None:

@@ -1,0 +1,88 @@
+"""Results by row, where some rows were skipped and perhaps nobody asks for theirs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlvr_fast.ops import logprobs as row_op
+from rlvr_fast.ops.policy_rows import PolicyCall
+from rlvr_fast.ops.tiled_head import TiledHead, Wanted
+from rlvr_fast.scored import ScoredTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedRows:
+    """What it takes to score them, all of it detached."""
+
+    index: Tensor
+    """`[n]` int64, beside the hidden states."""
+    hidden: Tensor
+    """`[T, D]`, of all rows."""
+    weight: Tensor
+    bias: Tensor | None
+    call: PolicyCall
+    versions: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, call: PolicyCall, tokens: ScoredTokens
+    ) -> "SkippedRows":
+        """The rows that are not `tokens.active`."""
+        assert tokens.active is not None
+        index = (~tokens.active).nonzero().squeeze(1)
+        return SkippedRows(
+            index=index.to(hidden.device, non_blocking=True),
+            hidden=hidden.detach(),
+            weight=weight.detach(),
+            bias=None if bias is None else bias.detach(),
+            call=call,
+            versions=_versions(hidden, weight, bias),
+        )
+
+    @torch.no_grad()
+    def score(self) -> Tensor:
+        """`[2, n]` logp and entropy.
+
+        Raises:
+            RuntimeError: if what they are made from has changed since.
+        """
+        if _versions(self.hidden, self.weight, self.bias) != self.versions:
+            raise RuntimeError(
+                "logp, entropy: rows without a gradient are scored when first asked for, wanted "
+                "that before hidden or weight change, got it after; read them (or pass "
+                "score_all=True) before the optimiser's step"
+            )
+        nothing = Wanted(None, None, None)
+        hidden, targets = (x.index_select(0, self.index) for x in (self.hidden, self._targets))
+        head = TiledHead(hidden, self.weight, self.bias, self.call.settings, nothing)
+        scale, cap = self.call.transform.scale, self.call.transform.cap
+        rows = [
+            row_op.row_stats(head.logits(tile), targets[tile], scale, cap)[:2]
+            for tile in head.tiles(slice(0, len(hidden)))
+        ]
+        return torch.cat(rows, 1)
+
+    @property
+    def _targets(self) -> Tensor:
+        return self.call.tokens.targets
+
+
+class RowResults:
+    """`[4, T]`: logp, entropy, d(loss)/d(logp), advantage; of skipped rows the first two only once
+    somebody asks.
+    """
+
+    def __init__(self, rows: Tensor, skipped: SkippedRows | None = None) -> None:
+        self._rows, self._skipped = rows, skipped
+
+    def complete(self) -> Tensor:
+        """All of them; scores what was skipped. See `SkippedRows.score`."""
+        if self._skipped is not None:
+            self._rows[:2].index_copy_(1, self._skipped.index, self._skipped.score())
+            self._skipped = None
+        return self._rows
+
+
+def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if x is None or x.is_inference() else x._version for x in tensors)
