@@ -19,6 +19,7 @@ from rlvr_fast.ops.loss_metrics import LossMetrics
 from rlvr_fast.ops.policy_loss import PolicyLossOutput, policy_loss
 from rlvr_fast.packed import Packed, Sample, pack
 from rlvr_fast.tracing.level import Level, level
+from rlvr_fast.tracing.vanishing import vanishes
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,7 @@ class Optimiser:
         )
         weights = iter(self._method.seq_weights(shape).tolist())
         logp_known = all(rollout.rollout_logp is not None for group in groups for rollout in group)
-        may_drop = (
-            self._method.zero_advantage_is_zero_gradient
-            and self._config.kl_coef == self._config.entropy_coef == 0
-            and self._level in (Level.TOKEN, Level.SEQUENCE)
-        )
+        may_drop = self._level in (Level.TOKEN, Level.SEQUENCE) and vanishes(self.objective)
         return [
             [
                 Sample(
@@ -165,7 +162,7 @@ class Optimiser:
         return norm
 
     def _loss(self, packed: Packed) -> PolicyLossOutput:
-        head = self._head(self.model)
+        head, so_far = self._head(self.model), attention.head(self.model).weight.grad
         hidden = attention.hidden_states(self.model, packed)
         return policy_loss(
             # Not hidden[index]: its backward adds in an order that threads decide.
@@ -178,6 +175,8 @@ class Optimiser:
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             logits_budget=self._config.logits_budget,
+            # In the first micro-batch there is none: autograd makes it.
+            weight_grad=None if so_far is None else so_far[: len(head.weight)],
         )
 
     @torch.no_grad()

@@ -52,8 +52,6 @@ class Method:
     In a step the trainer calls the hooks in the order in which they stand here.
     """
 
-    zero_advantage_is_zero_gradient: ClassVar[bool] = False
-    """A sequence with advantage 0 has no gradient and no influence, so it need not be computed."""
     on_policy_only: ClassVar[bool] = False
     """The objective has no importance ratio: one update per batch."""
 

@@ -1,7 +1,6 @@
 """Clipped importance weights instead of clipped updates (CISPO, 2506.13585, equation 4)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from rlvr_fast.methods.base import Method
 from rlvr_fast.objectives import CappedWeight, Objective
@@ -14,8 +13,6 @@ class CISPO(Method):
     The advantage is GRPO's. It differs from GRPO only off policy, so with `updates_per_batch`
     above 1. The paper tunes the bound and does not state it.
     """
-
-    zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
     cap: float = 5.0
     """Upper bound of the importance weight itself (ScaleRL's 5), not an offset from 1."""

@@ -1,7 +1,6 @@
 """GRPO without its two normalisations (Dr. GRPO, 2503.20783)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,8 +17,6 @@ class DrGRPO(Method):
     Token losses are summed and divided by a constant length, then averaged over sequences: a long
     wrong answer is punished for every token, and an easy prompt weighs no more than a hard one.
     """
-
-    zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
     clip_low: float = 0.2
     """The ratio counts down to 1 - clip_low."""

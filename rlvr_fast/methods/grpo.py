@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,8 +25,6 @@ class GRPO(Method):
     the config's `kl_coef` (the paper uses 0.04). Separate bounds and the token mean are later
     work (2503.14476), here as options.
     """
-
-    zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
     clip_low: float = 0.2
     """The ratio counts down to 1 - clip_low."""

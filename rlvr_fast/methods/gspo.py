@@ -1,7 +1,6 @@
 """Group sequence policy optimisation (GSPO, 2507.18071, equations 5 to 7)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,8 +16,6 @@ class GSPO(Method):
     Mean over sequences; advantage as in GRPO. The bounds are far smaller than a token's, since
     the mean of many log-ratios is.
     """
-
-    zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
     clip_low: float = 3e-4
     """The sequence's ratio counts down to 1 - clip_low."""

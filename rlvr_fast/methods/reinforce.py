@@ -24,7 +24,6 @@ class Reinforce(Method):
     (RLOO, 2402.14740): the second is G / (G - 1) times the first.
     """
 
-    zero_advantage_is_zero_gradient: ClassVar[bool] = True
     on_policy_only: ClassVar[bool] = True
 
     baseline: Baseline = Baseline.LEAVE_ONE_OUT
