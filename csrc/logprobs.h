@@ -11,6 +11,14 @@ struct Transform {
   float cap;
 };
 
+template <class T>
+struct Rows {
+  T* data;
+  std::int64_t stride;  // elements between rows
+  std::int64_t count;
+  std::int64_t vocab_size;
+};
+
 // One value per row; pointers advance by 1.
 struct RowStats {
   float* logp;
@@ -20,21 +28,14 @@ struct RowStats {
 };
 
 template <class T>
-struct Rows {
-  T* data;
-  std::int64_t stride;  // elements between rows
-  std::int64_t count;
-  std::int64_t vocab_size;
-};
-
-template <class T>
 void logprobs_fwd(Rows<const T> logits, const std::int64_t* targets, Transform transform,
                   RowStats stats, int threads);
 
-// `out` may be `logits` itself. `dentropy` may be null.
-template <class T>
+// `out` may be `logits` itself, or the front of the same rows in a narrower dtype. `dentropy` may
+// be null.
+template <class T, class Out>
 void logprobs_bwd(Rows<const T> logits, const std::int64_t* targets, Transform transform,
-                  RowStats stats, const float* dlogp, const float* dentropy, Rows<T> out,
+                  RowStats stats, const float* dlogp, const float* dentropy, Rows<Out> out,
                   int threads);
 
 }  // namespace rlvr

@@ -37,12 +37,10 @@ RLVR_INLINE float to_float(BFloat16 x) {
 
 // The multiplication moves the exponent's bias (127 - 15) and makes subnormals right.
 RLVR_INLINE float to_float(Half x) {
-  const std::uint32_t magnitude = (x.bits & 0x7fffu) << 13;
-  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
-  const float finite = bit_cast<float>(magnitude) * 0x1p112f;
-  const std::uint32_t special = magnitude | 0x7f800000u;
-  const std::uint32_t bits = magnitude >= 0x0f800000u ? special : bit_cast<std::uint32_t>(finite);
-  return bit_cast<float>(bits | sign);
+  const auto spread = static_cast<std::uint32_t>(static_cast<std::int16_t>(x.bits)) << 13;
+  const float finite = bit_cast<float>(spread & 0x8fffffffu) * 0x1p112f;
+  const std::uint32_t special = (spread & 0x0f800000u) == 0x0f800000u ? 0x7f800000u : 0u;
+  return bit_cast<float>(bit_cast<std::uint32_t>(finite) | special);
 }
 
 template <class T>
@@ -76,29 +74,35 @@ RLVR_INLINE Half from_float<Half>(float x) {
   return {static_cast<std::uint16_t>(half | sign)};
 }
 
-// exp(x) for x <= 88: x = n log 2 + r, a degree-6 polynomial in |r| <= log(2)/2, times 2^n.
-// Error about 1 ulp; below -87 the result is 0, so that no subnormal slows the loop.
-RLVR_INLINE float exp_nonpositive(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float n = __builtin_rintf(clamped * 1.44269504f);
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const auto exponent = static_cast<std::int32_t>(n) + 127;
-  const float scaled = p * bit_cast<float>(static_cast<std::uint32_t>(exponent) << 23);
-  return x < -87.0f ? 0.0f : scaled;
+// 2^x for x >= -127, where it is 0: x = n + r, a degree-5 polynomial in |r| <= 1/2, and n added to
+// the exponent. Adding 1.5 * 2^23 rounds x to n, and leaves n in the lowest bits. Error 1.3 ulp.
+RLVR_INLINE float exp2_bounded(float x) {
+  const float rounder = 12582912.0f;
+  const float biased = x + rounder;
+  const float r = x - (biased - rounder);
+  float p = 1.326466445e-3f;
+  p = p * r + 9.671554901e-3f;
+  p = p * r + 5.55071868e-2f;
+  p = p * r + 2.402224243e-1f;
+  p = p * r + 6.931470037e-1f;
+  p = p * r + 1.0f;
+  return bit_cast<float>(bit_cast<std::uint32_t>(p) + (bit_cast<std::uint32_t>(biased) << 23));
 }
 
+RLVR_INLINE float at_least(float x, float bound) { return x < bound ? bound : x; }
+
+// A polynomial near 0, where the exponentials cancel (Cephes, `tanhf`).
 RLVR_INLINE float tanh_bounded(float x) {
-  const float magnitude = x < 0 ? -x : x;
-  const float e = exp_nonpositive(-2.0f * magnitude);
-  const float t = (1.0f - e) / (1.0f + e);
-  return x < 0 ? -t : t;
+  const float square = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const float near = x + x * square * p;
+  const float bits = -at_least(-at_least(2.88539008f * x, -100.0f), -100.0f);
+  const float far = 1.0f - 2.0f / (1.0f + exp2_bounded(bits));
+  return square < 0.390625f ? near : far;
 }
 
 }  // namespace rlvr

@@ -10,13 +10,23 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module may import its own layer and those before it.
 LAYERS = [
     ["kernels"],
-    ["_C", "scored", "packed"],
+    ["_C", "scored", "packed", "tuning"],
     ["tracing"],
     ["ops"],
     ["objectives", "advantages", "aggregate"],
     ["rollout", "rewards", "tasks", "models", "attention", "prompts", "options"],
     ["methods"],
-    ["config", "devices", "checkpoint", "metrics", "microbatch", "optimise", "evaluate", "trainer"],
+    [
+        "autotune",
+        "config",
+        "devices",
+        "checkpoint",
+        "metrics",
+        "microbatch",
+        "optimise",
+        "evaluate",
+        "trainer",
+    ],
     ["integrations"],
     ["cli"],
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlvr_fast import tuning
 from rlvr_fast.ops.group_advantages import GroupNormalisation
 from rlvr_fast.tracing.objective import Objective
 from rlvr_fast.tracing.tokens import TokenFields
@@ -76,7 +77,7 @@ def fused_rows(
 
     Cost: one read of the logits; with `out` a second one, and one write. No host sync.
     """
-    from rlvr_fast.kernels.logprobs import row_launch
+    from rlvr_fast.kernels.launch import launch
     from rlvr_fast.kernels.policy_loss import policy_loss_kernel
 
     num_tokens, vocab_size = logits.shape
@@ -90,7 +91,7 @@ def fused_rows(
         groups = None
     if num_tokens == 0:
         return results
-    policy_loss_kernel[(num_tokens,)](
+    launch(policy_loss_kernel, num_tokens)(
         logits,
         targets.contiguous(),
         out,
@@ -109,7 +110,7 @@ def fused_rows(
         ENTROPY=traced.reads_entropy,
         KIND=None if groups is None else groups.normalisation.scale.value,
         HAS_CAP=cap > 0,
-        **row_launch(vocab_size),
+        **tuning.row_launch("fused", vocab_size, logits.dtype, logits.device),
     )
     return results
 

@@ -137,11 +137,12 @@ def triton(rewards: Tensor, group_offsets: Tensor, scale: int, ddof: int, eps: f
     if rewards.dtype == torch.float64:
         return reference(rewards, group_offsets, scale, ddof, eps)
     from rlvr_fast.kernels.group_advantages import group_advantages_kernel
+    from rlvr_fast.kernels.launch import launch
 
     out = torch.empty(len(rewards), dtype=torch.float32, device=rewards.device)
     num_groups = len(group_offsets) - 1
     if num_groups:
-        group_advantages_kernel[(num_groups,)](
+        launch(group_advantages_kernel, num_groups)(
             rewards.contiguous(),
             group_offsets.contiguous(),
             out,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlvr_fast import tuning
 from rlvr_fast.ops.transform import LogitTransform, transformed
 
 LOWEST = -1e4
@@ -46,13 +47,18 @@ def logprobs(
     Cost: forward reads the logits once; backward reads them once and writes as much.
     """
     transform = LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    check_logits(logits)
+    check_targets(targets, logits.shape[0], logits.shape[1])
+    stats = row_stats(logits, targets, transform.scale, transform.cap)
+    return TokenLogprobs(stats[0], stats[1])
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raises ValueError unless floating point `[T, V]` with contiguous rows."""
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"logits: wanted floating point [T, V], got {_shown(logits)}")
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits: wanted contiguous rows, got strides {logits.stride()}")
-    check_targets(targets, logits.shape[0], logits.shape[1])
-    stats = row_stats(logits, targets, transform.scale, transform.cap)
-    return TokenLogprobs(stats[0], stats[1])
 
 
 def check_targets(targets: Tensor, num_tokens: int, vocab_size: int) -> None:
@@ -104,12 +110,13 @@ def triton(logits: Tensor, targets: Tensor, scale: float, cap: float) -> Tensor:
     """One program a row, online softmax."""
     if logits.dtype not in CPP_VIEWS:
         return reference(logits, targets, scale, cap)
-    from rlvr_fast.kernels.logprobs import logprobs_fwd_kernel, row_launch
+    from rlvr_fast.kernels.launch import launch
+    from rlvr_fast.kernels.logprobs import logprobs_fwd_kernel
 
     num_tokens, vocab_size = logits.shape
     stats = torch.empty(4, num_tokens, dtype=torch.float32, device=logits.device)
     if num_tokens:
-        logprobs_fwd_kernel[(num_tokens,)](
+        launch(logprobs_fwd_kernel, num_tokens)(
             logits,
             targets.contiguous(),
             stats,
@@ -119,7 +126,7 @@ def triton(logits: Tensor, targets: Tensor, scale: float, cap: float) -> Tensor:
             scale,
             cap,
             HAS_CAP=cap > 0,
-            **row_launch(vocab_size),
+            **tuning.row_launch("statistics", vocab_size, logits.dtype, logits.device),
         )
     return stats
 
@@ -184,8 +191,11 @@ def cpp_grad(
     cap: float,
     out: Tensor,
 ) -> None:
-    """One sweep; a row whose gradients are both exactly zero is only filled with zeros."""
-    if logits.dtype not in CPP_VIEWS or out.dtype != logits.dtype:
+    """One sweep; a row whose gradients are both exactly zero is only filled with zeros.
+
+    `out` may also be the front of the same rows in a narrower dtype.
+    """
+    if not cpp_can_grad(logits, out):
         reference_grad(logits, targets, stats, dlogp, dentropy, scale, cap, out)
         return
     from rlvr_fast import _C
@@ -217,11 +227,12 @@ def triton_grad(
     if logits.dtype not in CPP_VIEWS:
         reference_grad(logits, targets, stats, dlogp, dentropy, scale, cap, out)
         return
-    from rlvr_fast.kernels.logprobs import logprobs_bwd_kernel, row_launch
+    from rlvr_fast.kernels.launch import launch
+    from rlvr_fast.kernels.logprobs import logprobs_bwd_kernel
 
     num_tokens, vocab_size = logits.shape
     if num_tokens:
-        logprobs_bwd_kernel[(num_tokens,)](
+        launch(logprobs_bwd_kernel, num_tokens)(
             logits,
             targets.contiguous(),
             stats.contiguous(),
@@ -235,7 +246,7 @@ def triton_grad(
             scale,
             cap,
             HAS_CAP=cap > 0,
-            **row_launch(vocab_size),
+            **tuning.row_launch("gradient", vocab_size, logits.dtype, logits.device),
         )
 
 
@@ -265,6 +276,12 @@ CPP_VIEWS = {
     torch.bfloat16: torch.uint16,
     torch.float16: torch.float16,
 }
+
+
+def cpp_can_grad(logits: Tensor, out: Tensor) -> bool:
+    """The gradient has its logits' dtype; that of fp32 logits may have any of these."""
+    known = logits.dtype in CPP_VIEWS and out.dtype in CPP_VIEWS
+    return known and logits.dtype in (out.dtype, torch.float32)
 
 
 def threads(logits: Tensor) -> int:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from rlvr_fast.ops import logprobs as row_op
 from rlvr_fast.ops.active_rows import advantages
+from rlvr_fast.ops.add_product import VOCAB_BLOCK
 from rlvr_fast.ops.fused_rows import GroupRewards, fused_rows
 from rlvr_fast.ops.group_advantages import GroupNormalisation
 from rlvr_fast.ops.objective_rows import Segmentation, evaluate, sliced, token_fields
-from rlvr_fast.ops.tiled_head import VOCAB_BLOCK, Gradients, HeadSettings, TiledHead, Wanted
+from rlvr_fast.ops.tiled_head import Gradients, HeadSettings, TiledHead, Wanted
 from rlvr_fast.ops.transform import LogitTransform
 from rlvr_fast.scored import ScoredTokens
 from rlvr_fast.tracing.level import Level, level

@@ -6,19 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlvr_fast import tuning
+from rlvr_fast.ops.add_product import add_product
 from rlvr_fast.ops.tiles import tile_rows
-from rlvr_fast.ops.workspace import recycled, release_workspace, scratch, workspace
-
-__all__ = ["release_workspace"]
+from rlvr_fast.ops.workspace import recycled, scratch, workspace
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """d_hidden, d_weight, d_bias."""
 
 DEFAULT_BUDGET = {"cpu": 512 << 20, "cuda": 2 << 30}
 """Bytes of logits alive at once."""
-
-VOCAB_BLOCK = 4096
-"""CPU rows of d_weight per GEMM: the product stays in the cache until it is accumulated."""
 
 INVARIANT_ROWS = 256
 """Rows of every logits GEMM that must give the same bits whatever the batch: one shape, one
@@ -98,7 +95,10 @@ def head_settings(
         logits_dtype = dtype if keep else torch.float32
     if logits_dtype not in (dtype, torch.float32):
         raise ValueError(f"logits_dtype: wanted {dtype} or torch.float32, got {logits_dtype}")
-    budget = DEFAULT_BUDGET.get(device, 2 << 30) if logits_budget is None else logits_budget
+    budget = logits_budget
+    if budget is None:
+        default = DEFAULT_BUDGET.get(device, 2 << 30)
+        budget = tuning.logits_budget(hidden.device, hidden.shape[1], weight.shape[0], default)
     if budget < 1:
         raise ValueError(f"logits_budget: wanted at least one byte, got {budget}")
     return HeadSettings(
@@ -133,8 +133,8 @@ class TiledHead:
         self._weight = self._cast("weight", weight, settings.dtype)
         self._bias = None if bias is None else bias.to(settings.dtype)
         self._wide_weight: Tensor | None = None
-        # Rows start at multiples of 16 bytes on CUDA, whatever the vocabulary.
-        self._stride = len(weight) + (-len(weight) % 8 if hidden.is_cuda else 0)
+        # Triton makes accesses wide where it knows that strides are multiples of 16 elements.
+        self._stride = len(weight) + (-len(weight) % 16 if hidden.is_cuda else 0)
         self.rows = tile_rows(
             len(hidden),
             settings.budget // (self._stride * settings.logits_dtype.itemsize),
@@ -208,7 +208,9 @@ class TiledHead:
             self._d_hidden[tile].zero_().index_copy_(0, rows, torch.mm(dlogits, self._weight))
         if self._d_weight is not None:
             kept = hidden if rows is None else hidden.index_select(0, rows)
-            add_product(self._d_weight, dlogits, kept, first=self._first)
+            last = self._last_d_weight() if tile.stop == len(self._hidden) else None
+            add_product(self._d_weight, dlogits, kept, first=self._first, last=last)
+            self._d_weight = self._d_weight if last is None else last
         if self._d_bias is not None:
             self._d_bias += dlogits.sum(0, dtype=self._d_bias.dtype)
         self._first = False
@@ -237,6 +239,14 @@ class TiledHead:
         if dtype == leaves_as:
             return self._result("d_weight", dtype)
         return scratch(f"{self._name} d_weight", self._weight.shape, dtype, self._weight.device)
+
+    def _last_d_weight(self) -> Tensor | None:
+        """Where the sum goes with the last tile, if that rounds it."""
+        total, dtype = self._d_weight, self._weight.dtype
+        if total is None or not self._keeps_d_weight or self._weight.is_cuda:
+            return None
+        rounds = total.dtype != dtype and self.wanted.weight == dtype
+        return self._result("d_weight", dtype) if rounds else None
 
     def _result(self, name: str, dtype: torch.dtype) -> Tensor:
         return recycled(
@@ -270,24 +280,5 @@ class TiledHead:
     def _logits_buffer(self, rows: int) -> Tensor:
         size, dtype = rows * self._stride, self._settings.logits_dtype
         flat = workspace(f"{self._name} logits", size * dtype.itemsize, self._hidden.device)
-        return flat.view(dtype)[:size].view(rows, self._stride)[:, : len(self._weight)]
-
-
-def add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
-    """`total [V, D] (+)= dlogits.T [V, t] @ hidden [t, D]`; the first product only writes."""
-    if total.dtype == hidden.dtype:
-        torch.addmm(total, dlogits.t(), hidden, beta=0 if first else 1, out=total)
-    elif hidden.is_cuda:
-        torch.addmm(
-            total, dlogits.t(), hidden, beta=0 if first else 1, out_dtype=total.dtype, out=total
-        )
-    else:
-        shape = (VOCAB_BLOCK, hidden.shape[1])
-        products = scratch("product", shape, hidden.dtype, hidden.device)
-        for start in range(0, len(total), VOCAB_BLOCK):
-            block = slice(start, min(start + VOCAB_BLOCK, len(total)))
-            product = torch.mm(dlogits[:, block].t(), hidden, out=products[: block.stop - start])
-            if first:
-                total[block].copy_(product)
-            else:
-                total[block].add_(product)
+        tile = flat[: size * dtype.itemsize].view(dtype).view(rows, self._stride)
+        return tile[:, : len(self._weight)]

@@ -55,3 +55,15 @@ def test_gradients_that_are_kept_survive_the_next_call():
     before = first.clone()
     gradient()
     assert torch.equal(first, before)
+
+
+def test_a_buffer_left_by_a_narrower_dtype_is_no_obstacle():
+    def loss(dtype: torch.dtype, num_tokens: int) -> torch.Tensor:
+        hidden, weight = torch.randn(num_tokens, 8, dtype=dtype), torch.randn(33, 8, dtype=dtype)
+        ones = torch.ones(num_tokens)
+        tokens = ScoredTokens(targets=torch.arange(num_tokens), weight=ones, advantage=ones)
+        return policy_loss(hidden, weight, tokens, objectives.PolicyGradient()).loss
+
+    release_workspace()
+    assert loss(torch.bfloat16, 13).isfinite()  # 858 bytes of logits
+    assert loss(torch.float64, 3).isfinite()
