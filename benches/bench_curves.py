@@ -11,10 +11,13 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benches import heads
-from benches.bench_policy_loss import FLOOR, HIDDEN, VOCAB, Gemms, megabytes, shape
-from benches.heads import NUM_SEQUENCES, Problem
-from benches.measure import Contender, Table, compare
+from benches.bench_policy_loss import HEAD
+from benches.cases import megabytes
+from benches.contenders import EVERYBODY, FLOOR, OURS, Gemms, ours
+from benches.measure import Call, compare
+from benches.peers import liger_grpo
+from benches.problems import Problem, problem
+from benches.report import Table
 from rlvr_fast.ops.logprobs import row_grad, row_stats
 from rlvr_fast.ops.tiled_head import add_product
 
@@ -23,39 +26,43 @@ pytestmark = pytest.mark.curve
 Report = Callable[[Table], None]
 Calls = dict[str, Callable[[], object]]
 
+SHAPE = (HEAD.hidden_size, HEAD.vocab_size)
+
 
 @pytest.mark.parametrize(("num_tokens", "rounds"), [(1024, 5), (4096, 2)])
 def test_logits_budget(
     num_tokens: int, rounds: int, benchmark: BenchmarkFixture, report: Report
 ) -> None:
-    given = heads.problem(num_tokens, HIDDEN, VOCAB)
-    rows_of = {mib: (mib << 20) // (2 * VOCAB) for mib in (12, 24, 48, 96, 192, 384, 512)}
+    given = problem(num_tokens, *SHAPE)
+    rows_of = {mib: (mib << 20) // (2 * HEAD.vocab_size) for mib in (12, 24, 48, 96, 192, 384, 512)}
     steps = {
-        f"{mib} MiB, {min(rows, num_tokens)} rows": heads.ours(given, logits_budget=mib << 20)
+        f"{mib} MiB, {min(rows, num_tokens)} rows": ours("", logits_budget=mib << 20).build(given)
         for mib, rows in rows_of.items()
         if rows <= num_tokens or mib == min(m for m, r in rows_of.items() if r >= num_tokens)
     }
     calls: Calls = {FLOOR: Gemms(given).into_place, **steps}
-    contenders = [Contender(name=n, call=c, work=3 * given.gemm_flops) for n, c in calls.items()]
-    timings = compare(contenders, floor=FLOOR, rounds=rounds, benchmark=benchmark)
+    contenders = [Call(name=n, run=c, work=3 * given.gemm_flops) for n, c in calls.items()]
+    timings = compare(contenders, floor=FLOOR, rounds=rounds, pedantic=benchmark.pedantic)
     rows = [
-        t.row("GFLOP/s") | {"MB": megabytes(steps[t.name]) if t.name in steps else None}
+        t.row("TFLOP/s") | {"MB": megabytes(steps[t.name], "cpu") if t.name in steps else None}
         for t in timings
     ]
-    report(Table(title=f"policy_loss by logits_budget: {shape(given)}", rows=rows))
+    report(Table(title=f"policy_loss by logits_budget: {given.title}", rows=rows))
 
 
 def test_threads(benchmark: BenchmarkFixture, report: Report) -> None:
-    given = heads.problem(1024, HIDDEN, VOCAB)
-    solo = {FLOOR: Gemms(given).into_place, "policy_loss": heads.ours(given)}
+    given = problem(1024, *SHAPE)
+    solo = {FLOOR: Gemms(given).into_place, "policy_loss": EVERYBODY[OURS].build(given)}
     calls: Calls = {
         f"{name}, threads: {count}": partial(_with_threads, count, call)
         for count in range(1, torch.get_num_threads() + 1)
         for name, call in solo.items()
     }
-    contenders = [Contender(name=n, call=c, work=3 * given.gemm_flops) for n, c in calls.items()]
-    timings = compare(contenders, floor=f"{FLOOR}, threads: 1", rounds=5, benchmark=benchmark)
-    report(Table(title=f"Threads: {shape(given)}", rows=[t.row("GFLOP/s") for t in timings]))
+    contenders = [Call(name=n, run=c, work=3 * given.gemm_flops) for n, c in calls.items()]
+    timings = compare(
+        contenders, floor=f"{FLOOR}, threads: 1", rounds=5, pedantic=benchmark.pedantic
+    )
+    report(Table(title=f"Threads: {given.title}", rows=[t.row("TFLOP/s") for t in timings]))
 
 
 def _with_threads(count: int, call: Callable[[], object]) -> object:
@@ -69,12 +76,12 @@ def _with_threads(count: int, call: Callable[[], object]) -> object:
 
 def test_parts(benchmark: BenchmarkFixture, report: Report) -> None:
     """Everything that policy_loss does at this size, alone; `x floor` is its share."""
-    given = heads.problem(1024, HIDDEN, VOCAB)
+    given = problem(1024, *SHAPE)
     calls = _gemm_parts(given) | _sweep_parts(given) | _memory_parts(given)
-    contenders = [Contender(name=n, call=c, work=0) for n, c in calls.items()]
-    timings = compare(contenders, floor=FLOOR, rounds=7, benchmark=benchmark)
-    rows = [{k: v for k, v in t.row("rate").items() if k != "rate"} for t in timings]
-    report(Table(title=f"Parts: {shape(given)}", rows=rows))
+    contenders = [Call(name=n, run=c, work=0) for n, c in calls.items()]
+    timings = compare(contenders, floor=FLOOR, rounds=7, pedantic=benchmark.pedantic)
+    rows = [{k: v for k, v in t.row("GB/s").items() if k != "GB/s"} for t in timings]
+    report(Table(title=f"Parts: {given.title}", rows=rows))
 
 
 def _gemm_parts(given: Problem) -> Calls:
@@ -125,29 +132,24 @@ def _memory_parts(given: Problem) -> Calls:
 
 def test_overhead(benchmark: BenchmarkFixture, report: Report) -> None:
     """A problem so small that only calls cost anything."""
-    given = heads.problem(16, 32, 128)
-    calls: Calls = {
-        "torch": heads.naive(given),
-        "policy_loss": heads.ours(given),
-        "policy_loss, fp32 weights, autocast": heads.ours_autocast(given),
-        "policy_loss, one tile per token": heads.ours(given, logits_budget=1),
-        "TRL 1.16 op + eager loss": heads.trl(given),
-        "Liger 0.8.5 fused GRPO loss": heads.liger(given, sequences_per_chunk=NUM_SEQUENCES),
-    }
-    contenders = [Contender(name=n, call=c, work=0) for n, c in calls.items()]
-    timings = compare(contenders, floor="torch", rounds=50, benchmark=benchmark)
+    given = problem(16, 32, 128)
+    names = ["torch", OURS, f"{OURS}, fp32 weights, autocast", "TRL op", "Liger fused GRPO"]
+    calls: Calls = {name: EVERYBODY[name].build(given) for name in names}
+    calls[f"{OURS}, one tile per token"] = ours("", logits_budget=1).build(given)
+    contenders = [Call(name=n, run=c, work=0) for n, c in calls.items()]
+    timings = compare(contenders, floor="torch", rounds=50, pedantic=benchmark.pedantic)
     rows = [
         {"": t.name, "median ms": 1e3 * sorted(t.seconds)[25], "x torch": t.ratio} for t in timings
     ]
-    report(Table(title=f"Overhead: {shape(given)}", rows=rows))
+    report(Table(title=f"Overhead: {given.title}", rows=rows))
 
 
 def test_liger_chunks(benchmark: BenchmarkFixture, report: Report) -> None:
-    given = heads.problem(1024, HIDDEN, VOCAB)
+    given = problem(1024, *SHAPE)
     calls: Calls = {FLOOR: Gemms(given).into_place} | {
-        f"Liger 0.8.5, chunk_size={size}": heads.liger(given, sequences_per_chunk=size)
+        f"Liger fused GRPO, chunk_size={size}": liger_grpo(given, sequences_per_chunk=size)
         for size in (1, 2, 8)
     }
-    contenders = [Contender(name=n, call=c, work=3 * given.gemm_flops) for n, c in calls.items()]
-    timings = compare(contenders, floor=FLOOR, rounds=2, benchmark=benchmark)
-    report(Table(title=f"Liger: {shape(given)}", rows=[t.row("GFLOP/s") for t in timings]))
+    contenders = [Call(name=n, run=c, work=3 * given.gemm_flops) for n, c in calls.items()]
+    timings = compare(contenders, floor=FLOOR, rounds=2, pedantic=benchmark.pedantic)
+    report(Table(title=f"Liger: {given.title}", rows=[t.row("TFLOP/s") for t in timings]))

@@ -13,7 +13,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benches.measure import Contender, Table, compare, peak_bytes
+from benches.measure import Call, compare, peak_bytes
+from benches.report import Table
 from rlvr_fast.ops.logprobs import logprobs
 
 TOKENS, VOCAB = 1024, 49152
@@ -32,24 +33,22 @@ def test_ready_logits(
     _check(logits, targets)
     copy = torch.empty_like(logits)
     size = logits.nbytes
-    contenders = [
-        Contender(name=COPY, call=lambda: copy.copy_(logits.detach()), work=2 * size),
-        Contender(name="copy into fresh memory", call=logits.detach().clone, work=2 * size),
-        Contender(name="logprobs", call=_forward(logprobs, logits, targets), work=size),
-        Contender(name="torch", call=_forward(plain, logits, targets), work=size),
-        Contender(
-            name="logprobs, with backward", call=_both(logprobs, logits, targets), work=3 * size
-        ),
-        Contender(name="torch, with backward", call=_both(plain, logits, targets), work=3 * size),
+    calls = [
+        Call(name=COPY, run=lambda: copy.copy_(logits.detach()), work=2 * size),
+        Call(name="copy into fresh memory", run=logits.detach().clone, work=2 * size),
+        Call(name="logprobs", run=_forward(logprobs, logits, targets), work=size),
+        Call(name="torch", run=_forward(plain, logits, targets), work=size),
+        Call(name="logprobs, with backward", run=_both(logprobs, logits, targets), work=3 * size),
+        Call(name="torch, with backward", run=_both(plain, logits, targets), work=3 * size),
     ]
-    timings = compare(contenders, floor=COPY, rounds=7, benchmark=benchmark)
+    timings = compare(calls, floor=COPY, rounds=7, pedantic=benchmark.pedantic)
     rows = [
         timing.row("GB/s")
         | {
             "% copy": 100 * timing.rate / timings[0].rate,
-            "MB": peak_bytes(contender.call) / 1e6,
+            "MB": peak_bytes(call.run) / 1e6,
         }
-        for timing, contender in zip(timings, contenders, strict=True)
+        for timing, call in zip(timings, calls, strict=True)
     ]
     title = f"logprobs and entropy of ready logits: T={TOKENS}, V={VOCAB}, {dtype}"
     report(Table(title=title, rows=rows))

@@ -20,7 +20,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benches.measure import Table
+from benches.report import Table
 from rlvr_fast import config as configs
 from rlvr_fast import models
 from rlvr_fast.rewards import completion_text

@@ -9,7 +9,8 @@ import pytest
 from _pytest.terminal import TerminalReporter
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benches.measure import Table, load, machine
+from benches.measure import load, machine
+from benches.report import Table
 
 TABLES = pytest.StashKey[list[Table]]()
 MACHINE = pytest.StashKey[str]()

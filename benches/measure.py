@@ -1,37 +1,47 @@
-"""How the benches measure: interleaved rounds, peak memory, the machine, and tables.
+"""How the benches measure: interleaved rounds, peak memory, the machine.
 
 A busy machine changes its speed from second to second. So all contenders run in turn, round by
-round, and what counts is each one's time over the floor's *in the same round*.
+round, and what counts is each one's time over the floor's *in the same round*. On CUDA a call is
+timed by events, after the L2 cache has been filled with something else.
 """
 
 import ctypes
 import gc
-import math
+import hashlib
 import os
 import platform
+import random
 import re
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from rlvr_fast.ops.tiled_head import release_workspace
+from rlvr_fast.ops.workspace import release_workspace
 
-Row = Mapping[str, str | float | None]
-"""One line of a table by column; None is shown as a dash."""
+ROOT = Path(__file__).resolve().parents[1]
+COLD_BYTES = 256 << 20
+"""Written before a timed CUDA call: several times the L2 of any GPU so far."""
+
+
+UNITS = {"TFLOP/s": 1e12, "GB/s": 1e9}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class Call:
+    """Something to time."""
+
     name: str
-    call: Callable[[], object]
+    run: Callable[[], object]
     """What it returns is freed outside of the clock."""
-    work: float
+    work: float = 0.0
     """Flops or bytes that the task needs, by the formula in the bench; the same for everyone who
     does the same task, however much they really compute or move."""
 
@@ -44,78 +54,119 @@ class Timing:
     ratio: float
     """Median over the rounds of the time over the floor's time in that round."""
     rate: float
-    """`work` per second in the fastest round, in units of 1e9: GFLOP/s or GB/s."""
+    """`work` per second in the fastest round."""
 
     def row(self, rate_name: str) -> dict[str, str | float | None]:
         """Its columns of a table."""
         return {
             "": self.name,
-            "min s": min(self.seconds),
-            "median s": median(self.seconds),
+            "min ms": 1e3 * min(self.seconds),
+            "median ms": 1e3 * median(self.seconds),
             "x floor": self.ratio,
-            rate_name: self.rate,
+            rate_name: self.rate / UNITS[rate_name],
         }
 
 
 def compare(
-    contenders: Sequence[Contender], *, floor: str, rounds: int, benchmark: BenchmarkFixture
+    calls: Sequence[Call],
+    *,
+    floor: str,
+    rounds: int,
+    device: str = "cpu",
+    warm_up: int = 1,
+    pedantic: Callable[..., object] | None = None,
 ) -> list[Timing]:
-    """Times all contenders in `rounds` interleaved rounds, after one to warm up.
-
-    Every round starts with the next contender, so that nobody always follows the same one.
+    """Times all calls in `rounds` interleaved rounds, each in another order.
 
     Args:
-        floor: the name of the contender that the others are divided by.
-        benchmark: pytest-benchmark's fixture; its own statistics are those of whole rounds.
-
-    Returns:
-        One `Timing` per contender, in their order.
+        floor: the name of the call that the others are divided by.
+        warm_up: rounds before those.
+        pedantic: of pytest-benchmark's fixture, which then counts whole rounds.
     """
     found: list[list[float]] = []
-    gc.collect()
+    clock = partial(_cuda_seconds, device) if device != "cpu" else _cpu_seconds
+    one_round = partial(_one_round, [call.run for call in calls], clock, found)
     # Collecting between the calls then looks at their garbage only, not at torch and the peers.
+    gc.collect()
     gc.freeze()
-
-    def one_round() -> None:
-        first = len(found) % len(contenders)
-        seconds = [0.0] * len(contenders)
-        for i in [*range(first, len(contenders)), *range(first)]:
-            gc.collect()
-            start = time.perf_counter()
-            kept = contenders[i].call()
-            seconds[i] = time.perf_counter() - start
-            del kept
-        found.append(seconds)
-
-    benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1)
+    if pedantic is not None:
+        pedantic(one_round, rounds=rounds, warmup_rounds=warm_up)
+    else:
+        for _ in range(warm_up + rounds):
+            one_round()
     gc.unfreeze()
-    by_contender = [tuple(times) for times in zip(*found[-rounds:], strict=True)]
-    base = by_contender[[contender.name for contender in contenders].index(floor)]
+    by_call = [tuple(times) for times in zip(*found[-rounds:], strict=True)]
+    base = by_call[[c.name for c in calls].index(floor)]
     return [
         Timing(
-            name=contender.name,
+            name=call.name,
             seconds=seconds,
             ratio=median(own / least for own, least in zip(seconds, base, strict=True)),
-            rate=contender.work / min(seconds) / 1e9,
+            rate=call.work / min(seconds),
         )
-        for contender, seconds in zip(contenders, by_contender, strict=True)
+        for call, seconds in zip(calls, by_call, strict=True)
     ]
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Most resident bytes during `call` above those before, with what it returns.
+def _one_round(
+    runs: Sequence[Callable[[], object]],
+    clock: Callable[[Callable[[], object]], float],
+    found: list[list[float]],
+) -> None:
+    """Appends the seconds of each, in their own order."""
+    seconds = [0.0] * len(runs)
+    for i in random.Random(len(found)).sample(range(len(runs)), len(runs)):
+        gc.collect()
+        seconds[i] = clock(runs[i])
+    found.append(seconds)
 
-    Our workspace is given back first, so that it counts. Linux only: VmHWM of this process, reset
-    through `clear_refs`.
+
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    kept = run()
+    seconds = time.perf_counter() - start
+    del kept
+    return seconds
+
+
+def _cuda_seconds(device: str, run: Callable[[], object]) -> float:
+    """By events. The write before the first one also hides the time that the launch takes."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _cold(device).zero_()
+    start.record()
+    kept = run()
+    end.record()
+    torch.cuda.synchronize(device)
+    del kept
+    return start.elapsed_time(end) / 1e3
+
+
+@cache
+def _cold(device: str) -> torch.Tensor:
+    return torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """Most bytes during `call` above those before, with what it returns.
+
+    On CUDA allocated ones. On the CPU resident ones (Linux only: VmHWM of this process, reset
+    through `clear_refs`), with our workspace, which is given back first.
     """
     release_workspace()
     gc.collect()
-    # Freed heap pages would be used again unseen.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    kept = call()
-    peak = _resident("VmHWM")
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = call()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        # Freed heap pages would be used again unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        kept = call()
+        peak = _resident("VmHWM")
     del kept
     return max(0, peak - before)
 
@@ -126,24 +177,69 @@ def _resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def machine() -> str:
-    """Processor, cores, how they multiply bf16, torch, threads, load and commit, on one line."""
-    info = Path("/proc/cpuinfo").read_text()
-    told = dict(re.findall(r"^(model name|cpu family|model|flags)\s*:\s*(.*)$", info, re.M))
-    flags = told["flags"].split()
-    bf16 = [name for name in ("avx512_bf16", "amx_bf16") if name in flags] or ["none"]
-    return ", ".join(
-        [
-            f"{told['model name']} (family {told['cpu family']}, model {told['model']})",
-            f"{len(os.sched_getaffinity(0))} cores",
-            f"bf16 by {'+'.join(bf16)}",
-            f"Python {platform.python_version()}",
-            f"torch {torch.__version__}",
-            f"{torch.get_num_threads()} threads",
-            load(),
-            f"commit {_commit()}",
-        ]
-    )
+def free_bytes(device: str) -> int:
+    """Memory that a bench may use: what is free now."""
+    if device != "cpu":
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def gemm_rate(device: str, hidden_size: int = 1024, vocab_size: int = 16384) -> float:
+    """Flops per second of a bf16 GEMM on random data: what the plan of a bench is made from."""
+    rows = 256 if device == "cpu" else 8192
+    a, b = (torch.randn(n, hidden_size, device=device).bfloat16() for n in (rows, vocab_size))
+    clock = _cpu_seconds if device == "cpu" else partial(_cuda_seconds, device)
+    seconds = min(clock(lambda: torch.mm(a, b.t())) for _ in range(4))
+    return 2.0 * rows * hidden_size * vocab_size / seconds
+
+
+def device_name(device: str) -> str:
+    """Short, for file names: `nvidia-h200`, `amd-epyc-2-cores`."""
+    name = torch.cuda.get_device_name(device) if device != "cpu" else _processor()
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return slug if device != "cpu" else f"{slug}-{len(os.sched_getaffinity(0))}-cores"
+
+
+def machine(device: str = "cpu") -> str:
+    """Device, cores, how the CPU multiplies bf16, torch, threads, load and commit, on one line."""
+    parts = [f"{_processor()}{_model()}", f"{len(os.sched_getaffinity(0))} cores"]
+    if device != "cpu":
+        told = torch.cuda.get_device_properties(device)
+        parts.insert(0, f"{told.name} ({told.multi_processor_count} SMs, CUDA {_cuda()})")
+    else:
+        known = [name for name in ("avx512_bf16", "amx_bf16") if name in _flags()]
+        parts.append(f"bf16 by {'+'.join(known or ['none'])}")
+    parts += [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    return ", ".join([*parts, f"{torch.get_num_threads()} threads", load(), f"commit {commit()}"])
+
+
+def _cuda() -> str:
+    return str(torch.version.cuda)
+
+
+def _told() -> dict[str, str]:
+    return dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M))
+
+
+def _processor() -> str:
+    return _told().get("model name", platform.machine())
+
+
+def _model() -> str:
+    told = _told()
+    known = [
+        f"{name.removeprefix('cpu ')} {told[name]}" for name in ("cpu family",) if name in told
+    ]
+    known += [f"model {told['model']}"] if "model" in told else []
+    return f" ({', '.join(known)})" if known else ""
+
+
+def _flags() -> list[str]:
+    return _told().get("flags", "").split()
 
 
 def load() -> str:
@@ -151,42 +247,34 @@ def load() -> str:
     return f"load {os.getloadavg()[0]:.1f}"
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty=+changes"]
-    folder = Path(__file__).parent
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+def versions() -> dict[str, str]:
+    """Of everything that takes part; what is not installed is missing."""
+    names = ("torch", "triton", "numpy", "transformers", "trl", "liger_kernel", "verl")
+    found = {"python": platform.python_version()}
+    for name in (*names, "cut_cross_entropy", "quack_kernels"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    title: str
-    rows: Sequence[Row]
-    """All with the same columns."""
-    notes: Sequence[str] = ()
-
-    def markdown(self) -> str:
-        """Title, table with aligned columns, notes."""
-        columns = list(self.rows[0])
-        cells = [columns, *([_shown(row[name]) for name in columns] for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in cells
-        ]
-        rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
-        table = [f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]
-        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join([f"### {self.title}", "", *table, *notes])
+SOURCES = ("rlvr_fast", "kernels", "csrc", "benches")
 
 
-def _shown(value: str | float | None) -> str:
-    """Three digits that count."""
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value
-    if value and abs(value) < 0.01:
-        return f"{value:.1e}"
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:.{max(0, min(digits, 3))}f}"
+@cache
+def commit() -> str:
+    """The commit; where files differ from it, or git is not there, with a digest of the sources."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    name = "unknown+"
+    if shutil.which("git"):
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        name = found.stdout.strip() or name
+    if not name.endswith("+"):
+        return name
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                digest.update(path.read_bytes())
+    return name + digest.hexdigest()[:8]

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +22,8 @@ COMMANDS = {
     "train": "train NAME-or-CONFIG.toml [--field value ...]   or   train --resume RUN [...]",
     "eval": "eval MODEL --task TASK [--field value ...]",
     "model": "model NAME [--folder FOLDER]",
-    "bench": "bench [pytest arguments]",
+    "tune": "tune [--device cuda|cpu] [--minutes N] [--out FILE]",
+    "bench": "bench [--out FOLDER] [--only PART] [--minutes N] [--quick]",
     "methods": "methods",
 }
 
@@ -35,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "eval": _eval,
         "model": _model,
+        "tune": _tune,
         "bench": _bench,
         "methods": _methods,
     }
@@ -43,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command in ("-h", "--help"):
             return _help()
         options.check_known("command", command, run)
-        return run[command](rest)
+        with _log_on_stderr():
+            return run[command](rest)
     except KeyboardInterrupt:
         _say("\nrlvr-fast: interrupted", to=sys.stderr)
         return 130
@@ -149,12 +154,29 @@ def _prepared(name: str, folder: Path | None = None) -> str | Path:
 
 def _bench(arguments: list[str]) -> int:
     benches = Path(__file__).parents[1] / "benches"
-    if not any(benches.glob("bench_*.py")):
+    if not (benches / "suite.py").exists():
         raise ValueError(
             f"bench: wanted the source checkout, whose benches are at {benches}, got none there"
         )
-    command = [sys.executable, "-m", "pytest", str(benches), "-o", "python_files=bench_*.py"]
-    return subprocess.call([*command, *arguments], cwd=benches.parent)
+    path = os.pathsep.join([str(benches.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "benches.suite", *arguments]
+    return subprocess.call(command, env=os.environ | {"PYTHONPATH": path})
+
+
+def _tune(arguments: list[str]) -> int:
+    parser = _Parser("rlvr-fast tune", description="Measures block sizes and logits budgets.")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--minutes", type=float, default=10.0, help="to spend; default: 10")
+    parser.add_argument("--out", type=Path, help="a JSON file; default: the one that is looked up")
+    chosen = parser.parse_args(arguments)
+    from rlvr_fast import autotune, devices, tuning
+
+    path = chosen.out or tuning.user_file()
+    tuning.load(path)  # a foreign file is no surprise after minutes
+    found = autotune.tune(devices.device(chosen.device), chosen.minutes, progress=_say)
+    tuning.save(found.table(), path)
+    _say(f"\n{found.markdown()}\n\nwritten: {path}")
+    return 0
 
 
 def _methods(arguments: list[str]) -> int:
@@ -175,6 +197,20 @@ def _document(command: str, kind: type[Any]) -> int:
     for name, text in options.document(kind).items():
         _say(f"  --{name}\n      {text}")
     return 0
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """What takes seconds says so."""
+    log, handler = logging.getLogger("rlvr_fast"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _wants_help(arguments: list[str]) -> bool:
