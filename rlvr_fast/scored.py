@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentIndex:
-    """Offsets as indices beside the tokens; None without the offsets."""
+    """What lies on the CPU as indices beside the tokens; None without the offsets."""
 
     seq_of_token: Tensor | None = None
     """`[T]` int64."""
@@ -17,6 +17,8 @@ class SegmentIndex:
     """`[S]` int64."""
     group_offsets: Tensor | None = None
     """`[G+1]` int64."""
+    active: Tensor | None = None
+    """`[n]` int64, the active rows; None if all are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +118,27 @@ class ScoredTokens:
         return self.seq_offsets.diff()
 
     @property
+    def active_rows(self) -> Tensor | None:
+        """`[n]` int64 on the CPU, ascending; None if all rows are active, or may be."""
+        if self.active is None or bool(self.active.all()):
+            return None
+        return self.active.nonzero().squeeze(1)
+
+    @property
     def segments(self) -> SegmentIndex:
-        """The offsets as indices, on the device of the tokens; `to` makes them in advance."""
-        if self._index is not None:
-            return self._index
-        device = self.targets.device
+        """Indices on the device of the tokens; `to` makes them in advance."""
+        return self._index or self._indices(self.targets.device)
+
+    def _indices(self, device: torch.device | str) -> SegmentIndex:
+        def move(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device, non_blocking=True)
+
         seq, group = self.seq_offsets, self.group_offsets
         return SegmentIndex(
-            seq_of_token=None if seq is None else _index_of(seq).to(device, non_blocking=True),
-            group_of_seq=None if group is None else _index_of(group).to(device, non_blocking=True),
-            group_offsets=None if group is None else group.to(device, non_blocking=True),
+            seq_of_token=None if seq is None else move(_index_of(seq)),
+            group_of_seq=None if group is None else move(_index_of(group)),
+            group_offsets=move(group),
+            active=move(self.active_rows),
         )
 
     def expand(self, per_sequence: Tensor) -> Tensor:
@@ -135,21 +148,22 @@ class ScoredTokens:
             raise ValueError("wanted ScoredTokens with seq_offsets, got None")
         return per_sequence.index_select(0, seq_of_token.to(per_sequence.device))
 
-    def select(self, rows: Tensor) -> "ScoredTokens":
+    def select(self, rows: Tensor, index: Tensor | None = None) -> "ScoredTokens":
         """Some of the tokens only; sequences that lose all of theirs stay, with none.
 
         Args:
             rows: `[n]` int64 on the CPU, ascending.
+            index: the same beside the tokens, if it is there already.
         """
-        index = rows.to(self.targets.device, non_blocking=True)
+        index = rows.to(self.targets.device, non_blocking=True) if index is None else index
 
         def pick(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.index_select(0, index)
 
-        advantage = self.advantage
+        advantage, segments = self.advantage, self.segments
         if advantage is not None and len(advantage) != self.num_tokens:
             advantage = self.expand(advantage)
-        return ScoredTokens(
+        part = ScoredTokens(
             targets=self.targets.index_select(0, index),
             weight=self.weight.index_select(0, index),
             seq_offsets=(
@@ -163,6 +177,9 @@ class ScoredTokens:
             advantage=pick(advantage),
             extras={name: value.index_select(0, index) for name, value in self.extras.items()},
         )
+        kept = replace(segments, seq_of_token=pick(segments.seq_of_token), active=None)
+        object.__setattr__(part, "_index", kept)
+        return part
 
     def to(self, device: torch.device | str) -> "ScoredTokens":
         """A copy whose tensors are on `device`; the offsets stay on the CPU."""
@@ -184,8 +201,7 @@ class ScoredTokens:
             },
         )
         # Otherwise every op would have to copy them; a `replace` forgets them again.
-        index = SegmentIndex(**{name: move(value) for name, value in vars(self.segments).items()})
-        object.__setattr__(moved, "_index", index)
+        object.__setattr__(moved, "_index", self._indices(device))
         return moved
 
 

@@ -47,13 +47,6 @@ def mark_active(
     return replace(tokens, active=active if tokens.active is None else active & tokens.active)
 
 
-def active_rows(tokens: ScoredTokens) -> Tensor | None:
-    """`[n]` int64 on the CPU, ascending; None if all rows are active, or may be."""
-    if tokens.active is None or bool(tokens.active.all()):
-        return None
-    return tokens.active.nonzero().squeeze(1)
-
-
 def advantages(tokens: ScoredTokens, normalisation: GroupNormalisation) -> Tensor | None:
     """`[T]`: the tokens' own advantage, or their rewards normalised by group, or None."""
     advantage = tokens.advantage

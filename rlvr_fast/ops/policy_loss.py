@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlvr_fast.ops import compiled
 from rlvr_fast.ops import logprobs as row_op
-from rlvr_fast.ops.active_rows import active_rows, advantages, mark_active
+from rlvr_fast.ops.active_rows import advantages, mark_active
 from rlvr_fast.ops.group_advantages import GroupNormalisation
 from rlvr_fast.ops.loss_metrics import LossMetrics, loss_metrics
 from rlvr_fast.ops.objective_rows import Segmentation, masked_loss, sliced, token_fields
@@ -148,12 +148,11 @@ def _skipping(
     tokens = call.tokens
     if tokens.targets.device.type == "cpu":
         tokens = mark_active(tokens, call.objective, normalisation=call.normalisation)
-    active = active_rows(tokens)
-    if active is None:
+    active, index = tokens.active_rows, tokens.segments.active
+    if active is None or index is None:
         loss, rows = _apply(hidden, weight, bias, call)
         return _output(loss, rows, tokens, RowResults(rows))
-    index = active.to(hidden.device, non_blocking=True)
-    part = replace(call, tokens=tokens.select(active))
+    part = replace(call, tokens=tokens.select(active, index))
     # index_select, not indexing: the backward of that adds in an order that threads decide.
     loss, found = _apply(hidden.index_select(0, index), weight, bias, part)
     rows = found.new_zeros(len(found), len(hidden)).index_copy_(1, index, found)

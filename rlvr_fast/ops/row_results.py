@@ -15,13 +15,13 @@ from rlvr_fast.scored import ScoredTokens
 class SkippedRows:
     """What it takes to score them, all of it detached."""
 
-    index: Tensor
-    """`[n]` int64, beside the hidden states."""
     hidden: Tensor
     """`[T, D]`, of all rows."""
     weight: Tensor
     bias: Tensor | None
     call: PolicyCall
+    active: Tensor
+    """`[T]` bool on the CPU; these are the others."""
     versions: tuple[int, ...]
 
     @staticmethod
@@ -30,18 +30,23 @@ class SkippedRows:
     ) -> "SkippedRows":
         """The rows that are not `tokens.active`."""
         assert tokens.active is not None
-        index = (~tokens.active).nonzero().squeeze(1)
         return SkippedRows(
-            index=index.to(hidden.device, non_blocking=True),
             hidden=hidden.detach(),
             weight=weight.detach(),
             bias=None if bias is None else bias.detach(),
             call=call,
+            active=tokens.active,
             versions=_versions(hidden, weight, bias),
         )
 
+    @property
+    def index(self) -> Tensor:
+        """`[n]` int64, beside the hidden states."""
+        rows = (~self.active).nonzero().squeeze(1)
+        return rows.to(self.hidden.device, non_blocking=True)
+
     @torch.no_grad()
-    def score(self) -> Tensor:
+    def score(self, index: Tensor) -> Tensor:
         """`[2, n]` logp and entropy.
 
         Raises:
@@ -54,7 +59,8 @@ class SkippedRows:
                 "score_all=True) before the optimiser's step"
             )
         nothing = Wanted(None, None, None)
-        hidden, targets = (x.index_select(0, self.index) for x in (self.hidden, self._targets))
+        hidden = self.hidden.index_select(0, index)
+        targets = self.call.tokens.targets.index_select(0, index)
         head = TiledHead(hidden, self.weight, self.bias, self.call.settings, nothing)
         scale, cap = self.call.transform.scale, self.call.transform.cap
         rows = [
@@ -62,10 +68,6 @@ class SkippedRows:
             for tile in head.tiles(slice(0, len(hidden)))
         ]
         return torch.cat(rows, 1)
-
-    @property
-    def _targets(self) -> Tensor:
-        return self.call.tokens.targets
 
 
 class RowResults:
@@ -79,7 +81,8 @@ class RowResults:
     def complete(self) -> Tensor:
         """All of them; scores what was skipped. See `SkippedRows.score`."""
         if self._skipped is not None:
-            self._rows[:2].index_copy_(1, self._skipped.index, self._skipped.score())
+            index = self._skipped.index
+            self._rows[:2].index_copy_(1, index, self._skipped.score(index))
             self._skipped = None
         return self._rows
 

@@ -111,7 +111,7 @@ def test_metrics_of_all_rows_are_those_without_skipping(monkeypatch):
     hidden, weight = head()
     tokens = scored(hidden, weight)
     found = policy_loss(hidden, weight, tokens, SURROGATE, score_all=True).metrics.read()
-    monkeypatch.setattr("rlvr_fast.ops.policy_loss.active_rows", lambda tokens: None)
+    monkeypatch.setattr(ScoredTokens, "active_rows", None)
     plain = policy_loss(hidden, weight, tokens, SURROGATE).metrics.read()
     assert found == pytest.approx(plain)
 
