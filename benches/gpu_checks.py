@@ -10,7 +10,7 @@ from torch import Tensor
 from rlvr_fast import objectives
 from rlvr_fast.objectives import Objective, Tokens
 from rlvr_fast.ops import divergence, group_advantages, logprobs
-from rlvr_fast.ops.fused_rows import GroupRewards, fused_rows
+from rlvr_fast.ops.fused_rows import fused_rows
 from rlvr_fast.ops.group_advantages import GroupNormalisation, Scale
 from rlvr_fast.ops.linear_kl import linear_kl
 from rlvr_fast.ops.linear_kl import reference as kl_reference
@@ -18,6 +18,7 @@ from rlvr_fast.ops.linear_logprobs import linear_logprobs
 from rlvr_fast.ops.linear_logprobs import reference as logprobs_reference
 from rlvr_fast.ops.policy_loss import policy_loss
 from rlvr_fast.ops.policy_loss import reference as policy_reference
+from rlvr_fast.ops.policy_rows import group_rewards_of
 from rlvr_fast.ops.token_statistics import token_statistics
 from rlvr_fast.scored import ScoredTokens
 from rlvr_fast.tracing.tokens import TokenFields
@@ -157,7 +158,7 @@ def fused(objective: Objective, rewards: bool, on: Where) -> str:
         assert tokens.rewards is not None
         wide = tokens.rewards.double()
         advantage = tokens.expand(group_advantages.group_advantages(wide, index.group_offsets))
-        group_rewards = GroupRewards(rewards=tokens.rewards, normalisation=norm, **vars(index))
+        group_rewards = group_rewards_of(tokens, norm)
     fields = _fields(tokens, advantage, torch.float64)
     exact = logits.double().requires_grad_()
     true = logprobs.reference(exact, tokens.targets, 1.0, 0.0)

@@ -121,7 +121,7 @@ class OneKernel:
         self._call, self._traced = call, traced
         advantage, self._groups = call.tokens.advantage, None
         if advantage is None:
-            self._groups = _group_rewards(call.tokens, call.normalisation)
+            self._groups = group_rewards_of(call.tokens, call.normalisation)
         elif len(advantage) != call.tokens.num_tokens:
             advantage = call.tokens.expand(advantage)
         self._fields: TokenFields = token_fields(call.tokens, advantage)
@@ -169,7 +169,10 @@ def compacted(logits: Tensor, rows: Tensor) -> Tensor:
     return logits[: len(rows)]
 
 
-def _group_rewards(tokens: ScoredTokens, normalisation: GroupNormalisation) -> GroupRewards | None:
+def group_rewards_of(
+    tokens: ScoredTokens, normalisation: GroupNormalisation
+) -> GroupRewards | None:
+    """For the kernel to normalise; None without rewards or groups."""
     found = tokens.segments
     if tokens.rewards is None or found.group_offsets is None:
         return None
