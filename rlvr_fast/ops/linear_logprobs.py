@@ -22,6 +22,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     logits_dtype: torch.dtype | None = None,
     logits_budget: int | None = None,
+    batch_invariant: bool = False,
 ) -> TokenLogprobs:
     """`logprobs(hidden @ weight.T + bias, targets)` without the `[T, V]` logits.
 
@@ -31,7 +32,7 @@ def linear_logprobs(
         targets: `[T]` int64, each in `[0, V)`; on CUDA not checked.
         bias: `[V]`, differentiable.
         temperature, softcap, logit_scale: see `LogitTransform`.
-        logits_dtype, logits_budget: see `policy_loss`.
+        logits_dtype, logits_budget, batch_invariant: see `policy_loss`.
 
     Returns:
         `TokenLogprobs(logp, entropy)`, `[T]` fp32 each, both differentiable.
@@ -43,7 +44,12 @@ def linear_logprobs(
     saves 2 of those. `policy_loss` does the same in 6 altogether.
     """
     settings = head_settings(
-        hidden, weight, bias, logits_dtype=logits_dtype, logits_budget=logits_budget
+        hidden,
+        weight,
+        bias,
+        logits_dtype=logits_dtype,
+        logits_budget=logits_budget,
+        batch_invariant=batch_invariant,
     )
     row_op.check_targets(targets, len(hidden), len(weight))
     transform = LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from rlvr_fast import objectives
+from rlvr_fast.ops.linear_logprobs import linear_logprobs
 from rlvr_fast.ops.policy_loss import policy_loss
 from rlvr_fast.ops.tiled_head import TiledHead, Wanted, head_settings
 from rlvr_fast.ops.tiles import whole_waves
@@ -44,6 +45,17 @@ def test_a_row_has_the_same_bits_whatever_the_batch_and_the_tiles(dtype):
         assert torch.equal(rows(some), everything[:, some])
     for tile in (1, 50, 300):
         assert torch.equal(rows(torch.arange(600), tile * VOCAB * dtype.itemsize), everything)
+
+
+def test_both_ops_give_a_row_the_same_bits():
+    hidden, weight = head(300, torch.bfloat16)
+    given = tokens(300)
+    alone = linear_logprobs(
+        hidden[7:9], weight, given.targets[7:9], batch_invariant=True, logits_budget=1
+    )
+    out = policy_loss(hidden, weight, given, OBJECTIVE, batch_invariant=True)
+    assert torch.equal(alone.logp, out.logp[7:9])
+    assert torch.equal(alone.entropy, out.entropy[7:9])
 
 
 def test_fixed_shapes_change_no_gradient():
