@@ -9,6 +9,7 @@
 #include "accumulate.h"
 #include "divergence.h"
 #include "group_advantages.h"
+#include "linear.h"
 #include "logprobs.h"
 #include "token_statistics.h"
 #include "vector_math.h"
@@ -20,6 +21,7 @@ namespace {
 
 using Floats = py::array_t<float>;
 using Ints = py::array_t<std::int64_t>;
+using BFloat16Bits = py::array_t<std::uint16_t>;
 
 // bf16 crosses as uint16 and fp16 as NumPy's float16 ("e").
 template <class F>
@@ -182,6 +184,22 @@ void bind_accumulate(Floats& total, const py::array& product, bool first,
   });
 }
 
+template <class T>
+Matrix<T> matrix(Rows<T> a) {
+  return {a.data, a.stride, a.count, a.vocab_size};
+}
+
+void bind_linear_f32(const BFloat16Bits& hidden, const BFloat16Bits& weight,
+                     const std::optional<Floats>& bias, Floats& out, int threads) {
+  if (hidden.shape(0) == 0) return;
+  const auto h = matrix(rows<BFloat16>(hidden));
+  const auto w = matrix(rows<BFloat16>(weight));
+  const auto* b = bias ? bias->data() : nullptr;
+  const auto o = matrix(mutable_rows<float>(out));
+  const py::gil_scoped_release release;
+  linear_f32(h, w, b, o, threads);
+}
+
 void bind_group_advantages(const Floats& rewards, const Ints& offsets, int scale, int ddof,
                            float eps, Floats& advantages) {
   group_advantages(rewards.data(), offsets.data(), offsets.size() - 1,
@@ -212,6 +230,9 @@ PYBIND11_MODULE(_C, m) {
         arg("out").noconvert(), arg("threads"));
   m.def("accumulate", &rlvr::bind_accumulate, arg("total").noconvert(), arg("product").noconvert(),
         arg("first"), arg("out").noconvert(), arg("threads"));
+  m.def("linear_f32", &rlvr::bind_linear_f32, arg("hidden").noconvert(), arg("weight").noconvert(),
+        arg("bias").noconvert(), arg("out").noconvert(), arg("threads"));
+  m.def("linear_f32_supported", &rlvr::linear_f32_supported);
   m.def("group_advantages", &rlvr::bind_group_advantages, arg("rewards").noconvert(),
         arg("offsets").noconvert(), arg("scale"), arg("ddof"), arg("eps"),
         arg("advantages").noconvert());

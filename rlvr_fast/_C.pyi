@@ -64,6 +64,14 @@ def accumulate(
     out: NDArray[Any] | None,
     threads: int,
 ) -> None: ...
+def linear_f32(
+    hidden: NDArray[np.uint16],
+    weight: NDArray[np.uint16],
+    bias: NDArray[np.float32] | None,
+    out: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+def linear_f32_supported() -> bool: ...
 def group_advantages(
     rewards: NDArray[np.float32],
     offsets: NDArray[np.int64],

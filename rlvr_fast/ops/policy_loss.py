@@ -77,9 +77,9 @@ def policy_loss(
         objective: see `rlvr_fast.objectives`.
         bias: `[V]`.
         temperature, softcap, logit_scale: see `LogitTransform`.
-        logits_dtype: of the tile, fp32 or the GEMM's input dtype. Default: fp32 on CUDA; on the
-            CPU, whose GEMMs round their result to the input dtype, that dtype. fp32 there costs an
-            fp32 copy of the weight and an fp32 GEMM.
+        logits_dtype: of the tile, fp32 or the GEMM's input dtype. Default: fp32, but on a CPU
+            without avx512_bf16 the input dtype, to which torch's CPU GEMMs round their result; fp32
+            there costs an fp32 copy of the weight and an fp32 GEMM.
         logits_budget: bytes of logits alive at once; default 512 MiB on the CPU, 2 GiB on CUDA.
             On top come autocast's copies of the inputs and, with several tiles and a weight below
             fp32, an fp32 `[V, D]` accumulator. CPU buffers are kept for the next call; see

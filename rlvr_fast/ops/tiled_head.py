@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlvr_fast import tuning
+from rlvr_fast.ops import wide_linear
 from rlvr_fast.ops.add_product import add_product
 from rlvr_fast.ops.tiles import tile_rows
 from rlvr_fast.ops.workspace import recycled, scratch, workspace
@@ -91,8 +92,8 @@ def head_settings(
             f"got {hidden.dtype} and {weight.dtype}"
         )
     if logits_dtype is None:
-        keep = device == "cpu" or dtype == torch.float64
-        logits_dtype = dtype if keep else torch.float32
+        wide = device != "cpu" or (dtype == torch.bfloat16 and wide_linear.supported())
+        logits_dtype = torch.float32 if wide and dtype != torch.float64 else dtype
     if logits_dtype not in (dtype, torch.float32):
         raise ValueError(f"logits_dtype: wanted {dtype} or torch.float32, got {logits_dtype}")
     budget = logits_budget
@@ -133,6 +134,7 @@ class TiledHead:
         self._weight = self._cast("weight", weight, settings.dtype)
         self._bias = None if bias is None else bias.to(settings.dtype)
         self._wide_weight: Tensor | None = None
+        self._wide = self._in_one_step()
         # Triton makes accesses wide where it knows that strides are multiples of 16 elements.
         self._stride = len(weight) + (-len(weight) % 16 if hidden.is_cuda else 0)
         self.rows = tile_rows(
@@ -169,7 +171,7 @@ class TiledHead:
     def logits(self, tile: slice) -> Tensor:
         """`[t, V]` raw logits in the shared buffer; the next call overwrites them."""
         hidden = self._hidden[tile]
-        if not self._settings.batch_invariant:
+        if not self._settings.batch_invariant or self._wide:
             out = self._logits_buffer(len(hidden))
             self._linear(hidden, out)
             return out
@@ -231,6 +233,15 @@ class TiledHead:
             None if bias is None else bias.to(self.wanted.bias),
         )
 
+    def _in_one_step(self) -> bool:
+        """Whether fp32 logits of bf16 operands come from `wide_linear`; makes those contiguous."""
+        settings = self._settings
+        wide = (settings.dtype, settings.logits_dtype) == (torch.bfloat16, torch.float32)
+        if self._hidden.is_cuda or not wide or not wide_linear.supported():
+            return False
+        self._hidden, self._weight = self._hidden.contiguous(), self._weight.contiguous()
+        return True
+
     def _new_d_weight(self, leaves_as: torch.dtype) -> Tensor:
         """One tile rounds once anyway; several need fp32 between them."""
         dtype = self._weight.dtype
@@ -266,8 +277,12 @@ class TiledHead:
             if bias is not None:
                 out += bias
             return
+        if self._wide:
+            wide = None if bias is None else bias.float()
+            wide_linear.wide_linear(hidden, weight, wide, out, torch.get_num_threads())
+            return
         if hidden.dtype != dtype:
-            # CPU GEMMs have no bf16-in, fp32-out form.
+            # torch's CPU GEMMs have no bf16-in, fp32-out form.
             if self._wide_weight is None:
                 self._wide_weight = self._cast("wide weight", weight, dtype)
             hidden, weight = hidden.to(dtype), self._wide_weight

@@ -66,7 +66,7 @@ def test_no_tokens_give_no_values_and_zero_gradients():
 def test_fp32_logits_from_bf16_inputs_keep_what_bf16_logits_lose():
     hidden, weight, _, targets = problem(torch.bfloat16, 64, 32, 500)
     truth = reference(hidden.double(), weight.double(), targets).logp
-    narrow = linear_logprobs(hidden, weight, targets).logp
+    narrow = linear_logprobs(hidden, weight, targets, logits_dtype=torch.bfloat16).logp
     wide = linear_logprobs(hidden, weight, targets, logits_dtype=torch.float32).logp
     assert (wide - truth).abs().max() < 1e-5
     assert (narrow - truth).abs().max() > 1e-3

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from rlvr_fast import objectives
+from rlvr_fast.ops import wide_linear
 from rlvr_fast.ops.linear_logprobs import linear_logprobs
 from rlvr_fast.ops.policy_loss import policy_loss
 from rlvr_fast.ops.tiled_head import TiledHead, Wanted, head_settings
@@ -176,3 +177,29 @@ def test_operands_on_two_devices_are_refused():
     hidden, weight = head(5)
     with pytest.raises(ValueError, match="wanted one device, got cpu and meta"):
         policy_loss(hidden, weight.to("meta"), tokens(5), OBJECTIVE)
+
+
+def test_operands_need_not_lie_in_rows():
+    hidden, weight = (x.detach() for x in head(7, torch.bfloat16))
+    given = tokens(7)
+    plain = policy_loss(hidden, weight, given, OBJECTIVE)
+    turned = policy_loss(hidden.t().contiguous().t(), weight.t().contiguous().t(), given, OBJECTIVE)
+    assert torch.equal(plain.logp, turned.logp)
+
+
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+def test_a_processor_without_the_instruction_gets_torchs_gemm(logits_dtype, monkeypatch):
+    hidden, weight = head(7, torch.bfloat16)
+    given, bias = tokens(7), torch.randn(VOCAB).bfloat16()
+
+    def run() -> list[Tensor]:
+        out = policy_loss(hidden, weight, given, OBJECTIVE, bias=bias, logits_dtype=logits_dtype)
+        return [out.logp, *torch.autograd.grad(out.loss, (hidden, weight))]
+
+    usual = run()
+    monkeypatch.setattr(wide_linear, "supported", lambda: False)
+    others = run()
+    default = head_settings(hidden, weight, None, logits_dtype=None, logits_budget=None)
+    assert default.logits_dtype == torch.bfloat16
+    for a, b in zip(usual, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
