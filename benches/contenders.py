@@ -178,7 +178,7 @@ def compiled(given: Problem) -> Step:
 SETTINGS = [
     ours(OURS),
     ours(f"{OURS}, fp32 weights, autocast", autocast=True),
-    ours(f"{OURS}, fp32 logits", logits_dtype=torch.float32, cost=4.0),
+    ours(f"{OURS}, fp32 logits", logits_dtype=torch.float32),
     ours(f"{OURS}, bf16 logits", logits_dtype=torch.bfloat16),
     ours(f"{OURS}, batch_invariant", batch_invariant=True),
     ours(f"{OURS}, score_all", score_all=True),
