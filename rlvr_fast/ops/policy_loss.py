@@ -78,8 +78,8 @@ def policy_loss(
         bias: `[V]`.
         temperature, softcap, logit_scale: see `LogitTransform`.
         logits_dtype: of the tile, fp32 or the GEMM's input dtype. Default: fp32, but on a CPU
-            without avx512_bf16 the input dtype, to which torch's CPU GEMMs round their result; fp32
-            there costs an fp32 copy of the weight and an fp32 GEMM.
+            without avx512_bf16, or with AMX, the input dtype, to which torch's CPU GEMMs round
+            their result. fp32 without avx512_bf16 costs a copy of the weight and an fp32 GEMM.
         logits_budget: bytes of logits alive at once; default 512 MiB on the CPU, 2 GiB on CUDA.
             On top come autocast's copies of the inputs and, with several tiles and a weight below
             fp32, an fp32 `[V, D]` accumulator. CPU buffers are kept for the next call; see

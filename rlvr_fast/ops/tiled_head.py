@@ -92,7 +92,7 @@ def head_settings(
             f"got {hidden.dtype} and {weight.dtype}"
         )
     if logits_dtype is None:
-        wide = device != "cpu" or (dtype == torch.bfloat16 and wide_linear.supported())
+        wide = device != "cpu" or (dtype == torch.bfloat16 and wide_linear.keeps_up())
         logits_dtype = torch.float32 if wide and dtype != torch.float64 else dtype
     if logits_dtype not in (dtype, torch.float32):
         raise ValueError(f"logits_dtype: wanted {dtype} or torch.float32, got {logits_dtype}")

@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from rlvr_fast.ops.logprobs import as_numpy
@@ -13,6 +14,12 @@ def supported() -> bool:
     from rlvr_fast import _C
 
     return _C.linear_f32_supported()
+
+
+@cache
+def keeps_up() -> bool:
+    """Whether `wide_linear` takes no longer than torch's bf16 GEMM, which AMX makes much faster."""
+    return supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def wide_linear(

@@ -197,7 +197,8 @@ def test_a_processor_without_the_instruction_gets_torchs_gemm(logits_dtype, monk
         return [out.logp, *torch.autograd.grad(out.loss, (hidden, weight))]
 
     usual = run()
-    monkeypatch.setattr(wide_linear, "supported", lambda: False)
+    for question in ("supported", "keeps_up"):
+        monkeypatch.setattr(wide_linear, question, lambda: False)
     others = run()
     default = head_settings(hidden, weight, None, logits_dtype=None, logits_budget=None)
     assert default.logits_dtype == torch.bfloat16
