@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlvr_fast.ops import compiled
 from rlvr_fast.ops import logprobs as row_op
 from rlvr_fast.ops.active_rows import advantages, mark_active
 from rlvr_fast.ops.group_advantages import GroupNormalisation
@@ -104,6 +103,8 @@ def policy_loss(
     logit. No host sync on CUDA.
     """
     if torch.compiler.is_compiling():
+        from rlvr_fast.ops import compiled  # which imports dynamo: a second of its own
+
         if weight_grad is not None:
             raise ValueError("weight_grad: wanted None inside torch.compile, got a tensor")
         settings_of_call = {

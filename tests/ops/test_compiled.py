@@ -1,5 +1,7 @@
 """`policy_loss` inside torch.compile: no graph break, the same numbers."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -98,3 +100,9 @@ def test_a_gradient_buffer_is_refused():
 
     with pytest.raises(Exception, match="weight_grad: wanted None inside"):
         torch.compile(run, fullgraph=True, backend="aot_eager")(hidden, weight)
+
+
+def test_who_does_not_compile_does_not_import_the_compiler():
+    code = "import sys; from rlvr_fast import policy_loss; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
