@@ -126,8 +126,11 @@ class ScoredTokens:
 
     @property
     def segments(self) -> SegmentIndex:
-        """Indices on the device of the tokens; `to` makes them in advance."""
-        return self._index or self._indices(self.targets.device)
+        """Indices on the device of the tokens, made once; `to` makes them in advance."""
+        if self._index is None:
+            object.__setattr__(self, "_index", self._indices(self.targets.device))
+        assert self._index is not None
+        return self._index
 
     def _indices(self, device: torch.device | str) -> SegmentIndex:
         def move(value: Tensor | None) -> Tensor | None:
