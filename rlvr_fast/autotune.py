@@ -124,7 +124,8 @@ def tune(
 def cpu_cases() -> Iterator[Case]:
     for hidden_size, vocab_size in HEADS:
         entry = tuning.budget_entry(hidden_size, vocab_size)
-        several_tiles = [b for b in BUDGETS if b["logits_budget"] < CPU_TOKENS * vocab_size * 2]
+        logits = 4 * CPU_TOKENS * vocab_size  # bytes, in fp32
+        several_tiles = [b for b in BUDGETS if b["logits_budget"] < logits]
         yield Case(entry, several_tiles, partial(_head, hidden_size, vocab_size))
 
 
