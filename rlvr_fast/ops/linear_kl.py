@@ -1,12 +1,13 @@
 """Divergence between the distributions of two LM heads, straight from their hidden states."""
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlvr_fast.ops.divergence import Divergence, divergence, row_divergence
+from rlvr_fast.ops.single_pass import single_pass
 from rlvr_fast.ops.tiled_head import Gradients, HeadSettings, TiledHead, Wanted, head_settings
 from rlvr_fast.ops.transform import LogitTransform
 
@@ -81,8 +82,7 @@ def linear_kl(
         kind=kind,
         transform=LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
     )
-    found = _LinearKL.apply(*student, call, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
-    return LinearKL(*found)
+    return LinearKL(*single_pass(*student, call))
 
 
 def reference(
@@ -155,6 +155,7 @@ class _Call:
     token_weight: Tensor
     kind: Divergence
     transform: LogitTransform
+    weight_grad: None = None
 
     def run(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
@@ -183,34 +184,3 @@ class _Call:
             if gradient is not None:
                 student.accumulate(tile, gradient)
         return (coef * kl).sum(), kl, student.gradients()
-
-
-class _LinearKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        call: _Call,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor]:
-        wanted = Wanted.of(ctx.needs_input_grad if grad_enabled else (), hidden, weight, bias)
-        loss, kl, ctx.gradients = call.run(hidden, weight, bias, wanted)
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.call, ctx.wanted = call, wanted
-        ctx.mark_non_differentiable(kl)
-        return loss, kl
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Any, ...]:
-        # As in `policy_loss`: handed out once, and computed again for a second backward.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            hidden, weight, bias = ctx.saved_tensors
-            gradients = ctx.call.run(hidden, weight, bias, ctx.wanted)[2]
-        if dloss.is_cuda or dloss != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(dloss)
-        return (*gradients, None, None)

@@ -1,7 +1,6 @@
 """The heavy op: LM head, log-probabilities, objective and all gradients in one pass."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from rlvr_fast.ops.loss_metrics import LossMetrics, loss_metrics
 from rlvr_fast.ops.objective_rows import Segmentation, masked_loss, sliced, token_fields
 from rlvr_fast.ops.policy_rows import PolicyCall
 from rlvr_fast.ops.row_results import RowResults, SkippedRows
-from rlvr_fast.ops.tiled_head import Wanted, head_settings
+from rlvr_fast.ops.single_pass import single_pass
+from rlvr_fast.ops.tiled_head import head_settings
 from rlvr_fast.ops.transform import LogitTransform
 from rlvr_fast.scored import ScoredTokens
 from rlvr_fast.tracing.level import Level
@@ -151,11 +151,11 @@ def _skipping(
         tokens = mark_active(tokens, call.objective, normalisation=call.normalisation)
     active, index = tokens.active_rows, tokens.segments.active
     if active is None or index is None:
-        loss, rows = _apply(hidden, weight, bias, call)
+        loss, rows = single_pass(hidden, weight, bias, call)
         return _output(loss, rows, tokens, RowResults(rows))
     part = replace(call, tokens=tokens.select(active, index))
     # index_select, not indexing: the backward of that adds in an order that threads decide.
-    loss, found = _apply(hidden.index_select(0, index), weight, bias, part)
+    loss, found = single_pass(hidden.index_select(0, index), weight, bias, part)
     rows = found.new_zeros(len(found), len(hidden)).index_copy_(1, index, found)
     results = RowResults(rows, SkippedRows.of(hidden, weight, bias, call, tokens))
     if not score_all:
@@ -163,15 +163,6 @@ def _skipping(
     advantage = advantages(tokens, call.normalisation)
     rows[3] = 0.0 if advantage is None else advantage
     return _output(loss, results.complete(), tokens, results)
-
-
-def _apply(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: PolicyCall
-) -> tuple[Tensor, Tensor]:
-    loss, rows = _PolicyLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, call, torch.is_grad_enabled()
-    )
-    return loss, rows
 
 
 def _output(
@@ -215,47 +206,3 @@ def reference(
     fields = sliced(token_fields(tokens, advantage), everything, stats.dtype)
     view = Segmentation.of(tokens, Level.BATCH).view(stats[0], stats[1], fields, everything)
     return (fields.weight * masked_loss(objective, view)).sum()
-
-
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        call: PolicyCall,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor]:
-        wanted = Wanted.of(ctx.needs_input_grad if grad_enabled else (), hidden, weight, bias)
-        if grad_enabled and call.weight_grad is not None:
-            wanted = replace(wanted, weight=call.weight_grad.dtype)
-        loss, rows, ctx.gradients = call.run(hidden, weight, bias, wanted)
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.call, ctx.wanted = call, wanted
-        ctx.mark_non_differentiable(rows)
-        return loss, rows
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Any, ...]:
-        # Autograd keeps a gradient without copying it only if nobody else holds it; so it is
-        # handed out once, and a second backward through a retained graph computes it again.
-        gradients, ctx.gradients = ctx.gradients, None
-        if ctx.call.weight_grad is not None and (gradients is None or _scaled(dloss)):
-            raise ValueError(
-                "weight_grad: wanted one backward pass through the loss as it is, got "
-                + ("a second one" if gradients is None else f"a factor of {float(dloss)}")
-            )
-        if gradients is None:
-            hidden, weight, bias = ctx.saved_tensors
-            gradients = ctx.call.run(hidden, weight, bias, ctx.wanted)[2]
-        if dloss.is_cuda or _scaled(dloss):
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(dloss)
-        return (*gradients, None, None)
-
-
-def _scaled(dloss: Tensor) -> bool:
-    """Whether the CPU knows of a factor; reading it on CUDA would wait for the device."""
-    return not dloss.is_cuda and bool(dloss != 1)
