@@ -115,3 +115,19 @@ def test_fields_that_do_not_fit_each_other_are_refused(fields, message):
     valid = {"targets": torch.zeros(3, dtype=torch.int64), "weight": torch.ones(3)}
     with pytest.raises(ValueError, match=message):
         ScoredTokens(**(valid | fields))
+
+
+def test_tokens_that_moved_have_their_index_with_them(monkeypatch):
+    offsets = torch.tensor([0, 2, 5])
+    tokens = ScoredTokens(
+        targets=torch.zeros(5, dtype=torch.int64),
+        weight=torch.ones(5),
+        seq_offsets=offsets,
+        active=torch.tensor([True, False, True, True, False]),
+    )
+    moved = tokens.to("cpu")
+    monkeypatch.setattr(ScoredTokens, "_indices", None)  # a copy in every op from here on
+    assert moved.segments.seq_of_token is not None
+    assert moved.segments.seq_of_token.tolist() == [0, 0, 1, 1, 1]
+    assert moved.segments.active is not None
+    assert moved.segments.active.tolist() == [0, 2, 3]
