@@ -25,6 +25,7 @@ def every_behaviour(*, cuda: bool) -> Iterator[tuple[str, Check]]:
     yield "same bits again: policy_loss", same_bits
     yield "batch invariance: logp and entropy", invariant
     yield "skipped rows: same gradients", skipped
+    yield "skip_clipped: same gradients", skipped_later
     if cuda:
         # On the CPU the check of the targets' range is a branch on data.
         yield "torch.compile: logprobs, one graph", compiled_logprobs
@@ -158,6 +159,31 @@ def skipped(on: Where) -> str:
     own, full = (
         torch.autograd.grad(policy_loss(hidden, weight, x, CLIPPED).loss, (hidden, weight))
         for x in (tokens, everything)
+    )
+    return near(0.01, d_hidden=(own[0], full[0]), d_weight=(own[1], full[1]))
+
+
+def skipped_later(on: Where) -> str:
+    """Half of the rows clipped: as if they had been multiplied, in several tiles."""
+    hidden, weight = head(on)
+    tokens = batch(on, CLIPPED)
+    assert tokens.old_logp is not None
+    assert tokens.advantage is not None
+    clipped = torch.arange(on.rows, device=on.device) % 2 == 0
+    tokens = replace(
+        tokens,
+        old_logp=torch.where(clipped, tokens.old_logp - 40.0, tokens.old_logp),
+        advantage=torch.ones_like(tokens.advantage),
+    )
+    budget = max(1, on.rows // 3) * on.vocab_size * 4
+    own, full = (
+        torch.autograd.grad(
+            policy_loss(
+                hidden, weight, tokens, CLIPPED, logits_budget=budget, skip_clipped=late
+            ).loss,
+            (hidden, weight),
+        )
+        for late in (True, False)
     )
     return near(0.01, d_hidden=(own[0], full[0]), d_weight=(own[1], full[1]))
 

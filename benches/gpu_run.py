@@ -123,6 +123,7 @@ def parts(*, rehearse: bool) -> Mapping[str, tuple[Part, float]]:
         "policy_loss": (policy_loss_part, 22.0),
         "scoring": (scoring_part, 8.0),
         "skipping": (skipping_part, 12.0),
+        "clipped": (clipped_part, 5.0),
         "budgets": (budgets_part, 10.0),
         "accuracy": (accuracy_part, 4.0),
         "linear_kl": (linear_kl_part, 6.0),
@@ -141,6 +142,10 @@ def ceilings_part(on: Machine, *, rehearse: bool) -> Iterator[Case]:
 
 def pieces_part(on: Machine, *, rehearse: bool) -> Iterator[Case]:
     yield Case(name="one tile", run=partial(gpu_tables.pieces, on, 4 if rehearse else None))
+
+
+def clipped_part(on: Machine) -> Iterator[Case]:
+    yield Case(name="half of the rows", run=partial(gpu_tables.clipped, on))
 
 
 def budgets_part(on: Machine) -> Iterator[Case]:

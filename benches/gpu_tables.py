@@ -1,7 +1,7 @@
 """Tables of a GPU run: ceilings, the pieces of the pass, tile budgets, published bars, tuning."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
@@ -108,6 +108,17 @@ def budgets(on: Machine, seconds: float) -> Entry:
     sizes = [1 << power for power in (range(27, 35) if on.device != "cpu" else (20, 21))]
     contenders = [ours(f"{size >> 20} MiB of logits", logits_budget=size) for size in sizes]
     return run_case(given, contenders, seconds=seconds, title=f"Tile budgets: {given.title}")
+
+
+def clipped(on: Machine, seconds: float) -> Entry:
+    """policy_loss with half of the rows clipped: are they worth counting?"""
+    given = problem(*main_shape(on), device=on.device)
+    far = torch.arange(given.num_tokens, device=given.old_logp.device) % 2 == 0
+    sign = given.token_advantage.sign()
+    old_logp = torch.where(far, given.old_logp - 5 * sign, given.old_logp)
+    contenders = [ours(OURS), ours("skip_clipped", skip_clipped=True)]
+    title = f"Half of the rows clipped: {given.title}"
+    return run_case(replace(given, old_logp=old_logp), contenders, seconds=seconds, title=title)
 
 
 @dataclass(frozen=True, kw_only=True)

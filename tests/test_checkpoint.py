@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from rlvr_fast import checkpoint, metrics
 from rlvr_fast import config as configs
 from rlvr_fast.checkpoint import Progress
+from rlvr_fast.run import resumed_config, train
 from rlvr_fast.tasks import load_task
-from rlvr_fast.trainer import Trainer, resumed_config, train
+from rlvr_fast.trainer import Trainer
 
 STEPS = 5
 

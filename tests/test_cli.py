@@ -133,7 +133,7 @@ def test_model_writes_a_folder_and_shows_where(capsys, tmp_path):
 
 
 def test_bench_needs_the_source_checkout(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "rlvr_fast" / "cli.py"))
+    monkeypatch.setattr(cli.bench, "__file__", str(tmp_path / "rlvr_fast" / "cli" / "bench.py"))
 
     assert cli.main(["bench"]) == 2
     assert capsys.readouterr().err.startswith("rlvr-fast: bench: wanted the source checkout")

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlvr_fast import config as configs
 from rlvr_fast import metrics, models
 from rlvr_fast.prompts import Prompts
+from rlvr_fast.run import train
 from rlvr_fast.tasks import Example, Task, load_task
-from rlvr_fast.trainer import Trainer, train
+from rlvr_fast.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -55,6 +55,7 @@ def policy_loss(
     normalisation: GroupNormalisation | None = None,
     score_all: bool = False,
     batch_invariant: bool = False,
+    skip_clipped: bool = False,
     weight_grad: Tensor | None = None,
 ) -> PolicyLossOutput:
     """Loss of any objective over packed tokens, with gradients to hidden, weight and bias.
@@ -67,7 +68,8 @@ def policy_loss(
     Rows whose gradient is known to be exactly zero are never multiplied: those of weight 0, and
     those without an advantage if the objective's gradient vanishes with it. On the CPU the op finds
     them; on CUDA they are those that `tokens.active` names (see `mark_active`). Rows that turn out
-    without a gradient later (clipped ones) are left out of the gradient GEMMs on the CPU.
+    without a gradient later (clipped ones) are left out of the gradient GEMMs: on the CPU always,
+    on CUDA with `skip_clipped`.
 
     Args:
         hidden: `[T, D]` fp32, bf16, fp16 (or fp64 on the CPU): the rows that predict the targets.
@@ -88,6 +90,9 @@ def policy_loss(
         score_all: skipped rows count in the metrics too, for 2 D V flops each.
         batch_invariant: the same row gives the same bits of logp and entropy whatever else is in
             the batch and however it is tiled. The logits GEMM then has a fixed number of rows.
+        skip_clipped: for CUDA: count the rows of a tile that are clipped, and leave them out of the
+            gradient GEMMs where that pays. The host waits for the count of one tile while the
+            device computes the next, and the two share the budget. Not inside a CUDA graph.
         weight_grad: `[V, D]` fp32: the gradient of the weight is added to it during this call, and
             autograd gets none, so that micro-batches need no `[V, D]` pass to add theirs up. Only
             for a loss that is differentiated as it is: a factor on it would be lost.
@@ -100,7 +105,7 @@ def policy_loss(
 
     Cost: 6 T D V flops for the rows not skipped (2 for logits, 2 for each of d_hidden and
     d_weight; a frozen operand, or `no_grad`, saves its 2), plus two reads and one write of each
-    logit. No host sync on CUDA.
+    logit. No host sync on CUDA without `skip_clipped`.
     """
     if torch.compiler.is_compiling():
         from rlvr_fast.ops import compiled  # which imports dynamo: a second of its own
@@ -116,6 +121,7 @@ def policy_loss(
             "normalisation": normalisation,
             "score_all": score_all,
             "batch_invariant": batch_invariant,
+            "skip_clipped": skip_clipped,
         }
         loss, rows, metrics = compiled.run(
             hidden, weight, tokens, objective, bias, settings_of_call
@@ -138,6 +144,7 @@ def policy_loss(
         transform=LogitTransform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         normalisation=normalisation or GroupNormalisation(),
         weight_grad=weight_grad,
+        skip_clipped=skip_clipped,
     )
     return _skipping(hidden, weight, bias, call, score_all)
 

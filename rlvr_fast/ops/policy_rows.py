@@ -35,19 +35,30 @@ class PolicyCall:
     normalisation: GroupNormalisation
     weight_grad: Tensor | None = None
     """Takes the gradient of the weight, which then does not go through autograd."""
+    skip_clipped: bool = False
+    """On CUDA too, rows found without a gradient are left out of the gradient GEMMs."""
 
     def run(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
     ) -> tuple[Tensor, Tensor, Gradients]:
         """The loss; `[4, T]` of logp, entropy, d(loss)/d(logp) and advantage; the gradients."""
-        head = TiledHead(hidden, weight, bias, self.settings, wanted, weight_grad=self.weight_grad)
+        traced = fusible(self.objective, hidden.device)
+        run_chunk = TwoSweeps(self) if traced is None else OneKernel(self, traced)
+        head = TiledHead(
+            hidden,
+            weight,
+            bias,
+            self.settings,
+            wanted,
+            weight_grad=self.weight_grad,
+            tiles_alive=run_chunk.tiles_alive,
+        )
         dtype = torch.promote_types(self.settings.logits_dtype, torch.float32)
         rows = hidden.new_empty(4, len(hidden), dtype=dtype)
         loss = hidden.new_zeros((), dtype=dtype)
-        traced = fusible(self.objective, hidden.device)
-        run_chunk = TwoSweeps(self) if traced is None else OneKernel(self, traced)
         for chunk in self.chunks(head):
             loss += run_chunk(head, chunk, rows)
+        run_chunk.finish(head)
         return loss, rows, head.gradients()
 
     def chunks(self, head: TiledHead) -> Iterator[slice]:
@@ -78,6 +89,8 @@ def fusible(objective: Objective, device: torch.device) -> Traced | None:
 class TwoSweeps:
     """Statistics, the objective in plain torch, gradient: any device, any objective."""
 
+    tiles_alive = 1
+
     def __init__(self, call: PolicyCall) -> None:
         self._call = call
         self._fields = token_fields(call.tokens, advantages(call.tokens, call.normalisation))
@@ -99,7 +112,9 @@ class TwoSweeps:
             local = slice(tile.start - chunk.start, tile.stop - chunk.start)
             dlogp, dentropy = found.dlogp[local], found.dentropy
             dentropy = None if dentropy is None else dentropy[local]
-            ids, kept = targets[tile], rows_to_keep(dlogp, dentropy)
+            ids, kept = targets[tile], None
+            if self._call.skip_clipped or not dlogp.is_cuda:
+                kept = LiveRows(dlogp, dentropy).worth_keeping()
             if kept is not None:
                 logits = compacted(logits, kept)
                 ids, dlogp, tile_stats = ids[kept], dlogp[kept], tile_stats[:, kept]
@@ -113,12 +128,17 @@ class TwoSweeps:
         rows[3, chunk] = 0.0 if fields.advantage is None else fields.advantage
         return (fields.weight * found.token_loss).sum()
 
+    def finish(self, head: TiledHead) -> None:
+        """Nothing is left over."""
+
 
 class OneKernel:
     """Both sweeps and the traced objective in one kernel a tile: CUDA, token by token."""
 
     def __init__(self, call: PolicyCall, traced: Traced) -> None:
         self._call, self._traced = call, traced
+        self.tiles_alive = 2 if call.skip_clipped else 1
+        self._waiting: tuple[slice, Tensor, LiveRows] | None = None
         advantage, self._groups = call.tokens.advantage, None
         if advantage is None:
             self._groups = group_rewards_of(call.tokens, call.normalisation)
@@ -132,7 +152,7 @@ class OneKernel:
         logits = head.logits(chunk)
         gradient = head.gradient_buffer(logits) if head.wanted.any else None
         fields = sliced(self._fields, chunk, torch.float32)
-        logp, entropy, token_loss, dlogp, _, advantage = fused_rows(
+        logp, entropy, token_loss, dlogp, dentropy, advantage = fused_rows(
             logits,
             call.tokens.targets[chunk],
             fields,
@@ -143,30 +163,50 @@ class OneKernel:
             cap=call.transform.cap,
             out=gradient,
         )
-        if gradient is not None:
+        if gradient is not None and call.skip_clipped:
+            live = LiveRows(dlogp, dentropy)
+            # The device has this tile to work on while the host waits for the last one's count.
+            self.finish(head)
+            self._waiting = chunk, gradient, live
+        elif gradient is not None:
             head.accumulate(chunk, gradient)
         rows[:, chunk] = torch.stack([logp, entropy, dlogp, advantage])
         loss: Tensor = (fields.weight * token_loss).sum()
         return loss
 
-
-def rows_to_keep(dlogp: Tensor, dentropy: Tensor | None) -> Tensor | None:
-    """`[n]` int64: rows with a gradient, where leaving the others out of two GEMMs pays.
-
-    On the CPU only: elsewhere counting them means waiting for the device.
-    """
-    if dlogp.device.type != "cpu" or not len(dlogp):
-        return None
-    alive = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
-    kept = alive.nonzero().squeeze(1)
-    return kept if len(kept) <= WORTH_COMPACTING * len(dlogp) else None
+    def finish(self, head: TiledHead) -> None:
+        """Runs the gradient GEMMs of the tile whose rows were being counted."""
+        if self._waiting is None:
+            return
+        tile, gradient, live = self._waiting
+        self._waiting = None
+        kept = live.worth_keeping()
+        head.accumulate(tile, gradient if kept is None else compacted(gradient, kept), kept)
 
 
-def compacted(logits: Tensor, rows: Tensor) -> Tensor:
+class LiveRows:
+    """The rows of a tile that have a gradient, counted without waiting until somebody asks."""
+
+    def __init__(self, dlogp: Tensor, dentropy: Tensor | None) -> None:
+        alive = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
+        self._live_first = torch.argsort(alive, descending=True, stable=True)
+        self._count = torch.empty((), dtype=torch.int64, pin_memory=alive.is_cuda)
+        self._count.copy_(alive.sum(), non_blocking=True)
+        self._counted = torch.cuda.current_stream().record_event() if alive.is_cuda else None
+
+    def worth_keeping(self) -> Tensor | None:
+        """`[n]` int64, ascending; None where leaving the others out would not pay."""
+        if self._counted is not None:
+            self._counted.synchronize()
+        count, rows = int(self._count), len(self._live_first)
+        return self._live_first[:count] if count <= WORTH_COMPACTING * rows else None
+
+
+def compacted(tile: Tensor, rows: Tensor) -> Tensor:
     """`[n, V]`: the rows moved to the front of the same memory, which they overwrite."""
-    for block in logits.split(VOCAB_BLOCK, dim=1):
+    for block in tile.split(VOCAB_BLOCK, dim=1):
         block[: len(rows)] = block.index_select(0, rows)
-    return logits[: len(rows)]
+    return tile[: len(rows)]
 
 
 def group_rewards_of(

@@ -1,5 +1,6 @@
 """The GEMMs of an LM head over row tiles, shared by every op that starts from hidden states."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -119,6 +120,7 @@ class TiledHead:
         wanted: Wanted,
         *,
         weight_grad: Tensor | None = None,
+        tiles_alive: int = 1,
         name: str = "head",
     ) -> None:
         """Plans the tiles; the GEMMs come with `logits` and `accumulate`.
@@ -127,9 +129,11 @@ class TiledHead:
             wanted: gradients to compute.
             weight_grad: `[V, D]`, to which the gradient of the weight is added; `gradients` then
                 has none for it.
+            tiles_alive: how many tiles share the budget, if there are several.
             name: of the buffers. Two heads at work at the same time need one each.
         """
         self._name, self._settings, self.wanted = name, settings, wanted
+        self._turns = itertools.cycle(range(tiles_alive))
         self._hidden = hidden.to(settings.dtype)
         self._weight = self._cast("weight", weight, settings.dtype)
         self._bias = None if bias is None else bias.to(settings.dtype)
@@ -137,12 +141,9 @@ class TiledHead:
         self._wide = self._in_one_step()
         # Triton makes accesses wide where it knows that strides are multiples of 16 elements.
         self._stride = len(weight) + (-len(weight) % 16 if hidden.is_cuda else 0)
-        self.rows = tile_rows(
-            len(hidden),
-            settings.budget // (self._stride * settings.logits_dtype.itemsize),
-            hidden.shape[1],
-            hidden.device,
-        )
+        limit = settings.budget // (self._stride * settings.logits_dtype.itemsize)
+        limit //= 1 if len(hidden) <= limit else tiles_alive
+        self.rows = tile_rows(len(hidden), limit, hidden.shape[1], hidden.device)
         """Tokens per tile."""
         self._d_hidden = None if wanted.hidden is None else torch.empty_like(self._hidden)
         self._d_weight, self._first = weight_grad, weight_grad is None
@@ -169,7 +170,7 @@ class TiledHead:
             yield slice(start + i * length // count, start + (i + 1) * length // count)
 
     def logits(self, tile: slice) -> Tensor:
-        """`[t, V]` raw logits in the shared buffer; the next call overwrites them."""
+        """`[t, V]` raw logits in one of `tiles_alive` buffers, which take turns."""
         hidden = self._hidden[tile]
         if not self._settings.batch_invariant or self._wide:
             out = self._logits_buffer(len(hidden))
@@ -222,8 +223,7 @@ class TiledHead:
         hidden, weight, bias = self._d_hidden, self._d_weight, self._d_bias
         if self._first and weight is not None:
             weight.zero_()
-        if not self._keeps_d_weight:
-            weight = None
+        weight = weight if self._keeps_d_weight else None
         if weight is not None and self.wanted.weight != weight.dtype:
             assert self.wanted.weight is not None
             weight = self._result("d_weight", self.wanted.weight).copy_(weight)
@@ -294,6 +294,7 @@ class TiledHead:
 
     def _logits_buffer(self, rows: int) -> Tensor:
         size, dtype = rows * self._stride, self._settings.logits_dtype
-        flat = workspace(f"{self._name} logits", size * dtype.itemsize, self._hidden.device)
+        buffer = f"{self._name} logits {next(self._turns)}"
+        flat = workspace(buffer, size * dtype.itemsize, self._hidden.device)
         tile = flat[: size * dtype.itemsize].view(dtype).view(rows, self._stride)
         return tile[:, : len(self._weight)]

@@ -60,3 +60,6 @@ class Engine(Protocol):
 
     def wake(self) -> None:
         """Makes the engine ready again after `sleep`."""
+
+    def close(self) -> None:
+        """Ends what the engine has started; it generates no more."""

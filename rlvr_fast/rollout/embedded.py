@@ -121,6 +121,9 @@ class EmbeddedEngine:
         """Moves the copy back."""
         _move(self._model, self._device)
 
+    def close(self) -> None:
+        """Nothing was started."""
+
     def _batches(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> Iterator[list[_Row]]:

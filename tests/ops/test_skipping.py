@@ -12,6 +12,7 @@ from rlvr_fast.ops.active_rows import mark_active
 from rlvr_fast.ops.linear_logprobs import linear_logprobs
 from rlvr_fast.ops.policy_loss import PolicyLossOutput, policy_loss, reference
 from rlvr_fast.scored import ScoredTokens
+from rlvr_fast.tracing.trace import trace
 
 HIDDEN, VOCAB = 8, 33
 LENGTHS = [3, 5, 8, 4, 0, 6, 7, 2]
@@ -153,6 +154,37 @@ def test_clipped_rows_are_left_out_of_the_gradient_gemms(dtype):
     assert all_rows == [tokens.num_tokens]
     assert rows[0] < 0.8 * tokens.num_tokens
     for a, b in zip(compacted, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rows_per_tile", [1000, 8])
+def test_the_count_of_clipped_rows_may_come_a_tile_later(rows_per_tile, monkeypatch):
+    """The loop of CUDA, with the kernel in the interpreter."""
+    hidden, weight = head(torch.float32)
+    tokens = scored(hidden, weight)
+    assert tokens.old_logp is not None
+    far = torch.where(torch.arange(tokens.num_tokens) % 3 == 0, 0.0, -2.0)
+    ones = torch.ones(tokens.num_tokens)
+    tokens = replace(
+        tokens, old_logp=tokens.old_logp + far, rewards=None, advantage=ones, weight=ones
+    )
+    monkeypatch.setattr(policy_rows, "fusible", lambda objective, device: trace(objective))
+    budget = rows_per_tile * VOCAB * 4
+
+    def run(skip_clipped: bool) -> tuple[tuple[Tensor, ...], list[int]]:
+        with torch.profiler.profile(record_shapes=True) as profile:
+            out = policy_loss(
+                hidden, weight, tokens, SURROGATE, logits_budget=budget, skip_clipped=skip_clipped
+            )
+        shapes = [e.input_shapes for e in profile.events() if e.name == "aten::mm"]
+        gemms = [s[0][0] for s in shapes if s[0][1] == VOCAB and s[1][1] == HIDDEN]
+        return (out.loss, *gradients(out, hidden, weight)), gemms
+
+    (own, few), (plain, every) = run(True), run(False)
+    assert sum(every) == tokens.num_tokens
+    assert sum(few) < 0.5 * tokens.num_tokens
+    assert rows_per_tile == 1000 or len(few) > 2
+    for a, b in zip(own, plain, strict=True):
         torch.testing.assert_close(a, b)
 
 

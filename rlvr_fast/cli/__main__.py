@@ -1,0 +1,7 @@
+"""`python -m rlvr_fast.cli`."""
+
+import sys
+
+from rlvr_fast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,163 @@
+"""What a training run depends on."""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from rlvr_fast import options
+from rlvr_fast.config.checks import Precision, check, check_device
+
+
+class Schedule(StrEnum):
+    """What the learning rate does after its warm-up."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a run depends on. Written to the run folder; never edited after construction.
+
+    Raises:
+        ValueError: for a value that cannot be.
+    """
+
+    model: str
+    """Model folder, hub id, or one that needs no download: smollm2-135m, tiny."""
+    task: str
+    """Where prompts and rewards come from: addition, or reasoning_gym:NAME."""
+    task_options: options.Table = field(default_factory=dict)
+    """Table of the task's own options."""
+    method: str
+    """The published method that is trained; `rlvr-fast methods` lists them."""
+    method_options: options.Table = field(default_factory=dict)
+    """Table of the method's own options."""
+    run_folder: str
+    """Where everything is written, must not hold a run yet; default runs/CONFIG-N, first free N."""
+    seed: int = 0
+    """Of sampling and of the order of prompts; every step reseeds from (seed, step)."""
+    steps: int = 100
+    """Training steps: one batch of completions each."""
+    prompts_per_step: int = 16
+    """Prompts sampled from in a step."""
+    samples_per_prompt: int = 8
+    """Completions of each prompt: one group."""
+    max_completion_tokens: int = 256
+    """Completions are cut off here, in training and evaluation."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities that are trained."""
+    system_prompt: str = ""
+    """Put before every chat as a system message; empty: none."""
+    tokens_per_microbatch: int = 8192
+    """Model inputs per forward pass; changes memory and speed, no gradient."""
+    share_prompts: bool = True
+    """Compute a prompt once for its whole group; changes speed, no gradient."""
+    updates_per_batch: int = 1
+    """Optimiser updates on each batch; all but the first are off policy."""
+    learning_rate: float = 1e-6
+    """AdamW's, after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to its full value."""
+    schedule: Schedule = Schedule.CONSTANT
+    """Learning rate after the warm-up: constant, or falling to 0 at the end of the last step."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the mean squared gradient."""
+    weight_decay: float = 0.0
+    """AdamW's, on every parameter."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    kl_coef: float = 0.0
+    """Weight of the k3 KL estimate to a frozen copy of the initial model; 0: no copy is kept."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+    precision: Precision = Precision.BF16
+    """Of the forward and backward pass; the optimiser's weights are fp32. Also of the export."""
+    engine: str = "embedded"
+    """What generates: embedded (in process)."""
+    engine_precision: Precision = Precision.BF16
+    """Of the generating copy of the weights."""
+    engine_sleeps: bool = False
+    """Give the engine's accelerator memory back while the optimiser works; costs two copies."""
+    logits_budget: int | None = None
+    """Bytes of logits alive at once; none: the op's default for the device."""
+    eval_every: int = 0
+    """Steps between greedy evaluations; 0: only before the first step and after the last."""
+    eval_prompts: int | None = None
+    """Evaluate on the first so many held-out prompts; none: on all."""
+    checkpoint_every: int = 10
+    """Steps between checkpoints; one is always written after the last step."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are deleted."""
+    log_completions: int = 8
+    """Completions per step that are written to completions.jsonl."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files, if tensorboard is installed."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: cuda where there is one."""
+    threads: int | None = None
+    """CPU threads; none: torch's own choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "task", "method", "run_folder"):
+            check(self, name, bool(getattr(self, name)), "a name")
+        for name in _COUNTS:
+            check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, ">= 1")
+        for name in _NOT_NEGATIVE:
+            check(self, name, 0 <= getattr(self, name) < math.inf, ">= 0 and finite")
+        for name in ("temperature", "max_grad_norm"):
+            check(self, name, 0 < getattr(self, name) < math.inf, "> 0 and finite")
+        for name in ("adam_beta1", "adam_beta2"):
+            check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        check(self, "seed", self.seed < 2**32, "< 2**32")
+        check(self, "warmup_steps", self.warmup_steps <= self.steps, f"<= steps, {self.steps}")
+        check(self, "engine", self.engine == "embedded", "embedded")
+        check_device(self)
+
+
+_COUNTS = (
+    "steps",
+    "prompts_per_step",
+    "samples_per_prompt",
+    "max_completion_tokens",
+    "tokens_per_microbatch",
+    "updates_per_batch",
+    "logits_budget",
+    "eval_prompts",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "threads",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "warmup_steps",
+    "learning_rate",
+    "weight_decay",
+    "kl_coef",
+    "entropy_coef",
+    "eval_every",
+    "log_completions",
+)
+
+FREE_ON_RESUME = frozenset(
+    {
+        "run_folder",
+        "steps",
+        "eval_every",
+        "eval_prompts",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_completions",
+        "tensorboard",
+        "tokens_per_microbatch",
+        "share_prompts",
+        "engine_sleeps",
+        "logits_budget",
+        "device",
+        "threads",
+    }
+)
+"""What a resumed run may change: lengths, reports, and how the same gradient is computed."""
