@@ -1,58 +1,54 @@
-"""Where numbers and completions go: JSON lines always, TensorBoard and a progress bar on top."""
+"""Where numbers and completions go: JSON lines in the run folder, a progress line, trackers."""
 
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+from rlvr_fast.config import TrainConfig
+from rlvr_fast.progress import Plan, Progress
+from rlvr_fast.trackers import Tracker
 
-from rlvr_fast.methods.rollouts import Groups
+if TYPE_CHECKING:
+    # Reading a run should not wait for torch and transformers.
+    from rlvr_fast.methods.rollouts import Groups, Rollout
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
-
-class _Board(Protocol):
-    def add_scalar(self, tag: str, value: float, step: int) -> None: ...
-
-    def close(self) -> None: ...
+Row = dict[str, Any]
+"""A line of one of these files."""
 
 
 class RunLog:
     """Writes what each step reports; a context manager.
 
     `metrics.jsonl` has one line per step, with null for what is not a finite number.
+    `completions.jsonl` has one line per completion: step, group (its place in the step), sample
+    (its place in the group), task, prompt, completion, reward, advantage (its mean, where every
+    token has its own), tokens, finished.
     """
 
-    def __init__(
-        self, folder: Path, *, step: int, steps: int, tensorboard: bool, completions: int
-    ) -> None:
+    def __init__(self, config: TrainConfig, *, step: int, trackers: Sequence[Tracker] = ()) -> None:
         """Everything that an earlier process wrote of steps after `step` is removed.
 
         Args:
-            folder: of the run.
+            config: of the run, whose folder exists.
             step: training steps done so far; 0 starts over.
-            steps: training steps in all.
-            tensorboard: write event files too, if tensorboard can be imported.
-            completions: how many to write per step.
+            trackers: get the same numbers; closed with the log.
         """
+        folder = Path(config.run_folder)
         for name in (METRICS, COMPLETIONS):
             _truncate(folder / name, step)
+        earlier = [row["seconds_evaluate"] for row in read(folder) if "seconds_evaluate" in row]
         self._metrics = (folder / METRICS).open("a")
         self._texts = (folder / COMPLETIONS).open("a")
-        self._board = _board(folder / "tensorboard", step) if tensorboard else None
-        self._bar = tqdm(
-            total=steps,
-            initial=step,
-            unit="step",
-            file=sys.stderr,
-            # Every refresh is a line of its own in a file.
-            mininterval=0.1 if sys.stderr.isatty() else 30,
-        )
-        self._completions = completions
+        self._trackers, self._completions = trackers, config.log_completions
+        every = {"evaluate": config.eval_every, "save": config.checkpoint_every}
+        plan = Plan(steps=config.steps, done=step, every=every)
+        self._progress = Progress(sys.stderr, plan, earlier={"evaluate": earlier})
 
     def __enter__(self) -> "RunLog":
         return self
@@ -63,58 +59,75 @@ class RunLog:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        self._progress.close()
         self._metrics.close()
         self._texts.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close(failed=kind is not None)
 
     def doing(self, what: str) -> None:
-        """Shows in front of the progress bar what takes the time."""
-        self._bar.set_description_str(what)
+        """Shows what takes the time: train, evaluate or save."""
+        self._progress.doing(what)
 
     def say(self, line: str) -> None:
-        """One line above the progress bar."""
-        self._bar.write(line, file=sys.stderr)
+        """One line beside the progress."""
+        self._progress.say(line)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """All metrics of a step; step 0 is the model before training."""
+        """All metrics of a step, to which the seconds of its evaluation are added."""
+        seconds = self._progress.done(step, values)
+        if seconds is not None:
+            values = {**values, "seconds_evaluate": seconds}
+            self._progress.say(_evaluated(step, values))
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
         self._metrics.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-        if step:
-            self._bar.set_postfix_str(_summary(values), refresh=False)
-            self._bar.update()
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
-    def write_completions(self, step: int, groups: Groups) -> None:
-        """The first few rollouts of the step, spread over the groups."""
-        rounds = max(map(len, groups), default=0)
-        spread = [group[i] for i in range(rounds) for group in groups if i < len(group)]
-        for rollout in spread[: self._completions]:
-            row = {
-                "step": step,
-                "prompt": rollout.prompt.example.prompt,
-                "completion": rollout.text,
-                "reward": rollout.reward,
-                "tokens": len(rollout.completion_ids),
-                "finished": rollout.finished,
-            }
+    def write_completions(self, step: int, groups: "Groups") -> None:
+        """As many as the config asks for: of each group its best and worst, then the others."""
+        for group, sample in _chosen(groups, self._completions):
+            row = _completion(groups[group][sample])
+            row = {"step": step, "group": group, "sample": sample, **row}
             self._texts.write(json.dumps(row) + "\n")
         self._texts.flush()
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, without one that a killed process left half written."""
-    file = folder / METRICS
-    return _lines(file) if file.exists() else []
+def read(folder: Path) -> list[Row]:
+    """The lines of a run's `metrics.jsonl`, without one that a killed process left half written.
+
+    Raises:
+        ValueError: for a file of something else.
+    """
+    return _lines(folder / METRICS)
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def read_completions(folder: Path) -> list[Row]:
+    """The lines of a run's `completions.jsonl`, as `read`.
+
+    Raises:
+        ValueError: for a file of something else.
+    """
+    return _lines(folder / COMPLETIONS)
+
+
+def check_run(folder: Path) -> None:
+    """Raises a ValueError unless the folder holds a run with at least one step in it."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"run: wanted a folder with a config.json, got {folder}")
+    if not read(folder):
+        raise ValueError(f"run: wanted steps in {folder / METRICS}, got none yet")
+
+
+def _lines(file: Path) -> list[Row]:
+    if not file.exists():
+        return []
     whole, _, _ = file.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: wanted one JSON object a line, got: {error}") from None
 
 
 def _truncate(file: Path, step: int) -> None:
@@ -126,20 +139,39 @@ def _truncate(file: Path, step: int) -> None:
         scratch.replace(file)
 
 
-def _board(folder: Path, step: int) -> _Board | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    board: _Board = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
-    return board
+def _evaluated(step: int, values: Mapping[str, float]) -> str:
+    known = {name: v for name, v in values.items() if name.startswith("eval_") and v == v}
+    return f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in known.items())
 
 
-def _summary(values: Mapping[str, float]) -> str:
-    parts = [
-        f"reward {values['reward']:.3f}",
-        f"length {values['length']:.1f}",
-        f"{values['tokens_per_second']:.0f} tok/s",
-        *(f"{name} {values[f'seconds_{name}']:.2f}s" for name in ("generate", "update", "sync")),
+def _chosen(groups: "Groups", count: int) -> list[tuple[int, int]]:
+    """Group and sample of those that are written, in the order of both."""
+    ranks = [
+        # Two of each group, then one more of each at a time.
+        (max(rank - 1, 0), group, sample)
+        for group, rollouts in enumerate(groups)
+        for rank, sample in enumerate(_best_and_worst_first(rollouts))
     ]
-    return ", ".join(parts)
+    return sorted((group, sample) for _, group, sample in sorted(ranks)[:count])
+
+
+def _best_and_worst_first(group: "Sequence[Rollout]") -> list[int]:
+    scored = [i for i, rollout in enumerate(group) if rollout.reward is not None]
+    by_reward = sorted(scored, key=lambda i: -(group[i].reward or 0.0))
+    first = [by_reward[0], by_reward[-1]] if len(by_reward) > 1 else by_reward
+    return [*first, *(i for i in range(len(group)) if i not in first)]
+
+
+def _completion(rollout: "Rollout") -> Row:
+    advantage = rollout.advantage
+    if isinstance(advantage, Sequence):
+        advantage = math.fsum(advantage) / max(len(advantage), 1)
+    return {
+        "task": getattr(rollout.prompt.example, "task", ""),
+        "prompt": rollout.prompt.example.prompt,
+        "completion": rollout.text,
+        "reward": rollout.reward,
+        "advantage": advantage,
+        "tokens": len(rollout.completion_ids),
+        "finished": rollout.finished,
+    }

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rlvr_fast import options
-from rlvr_fast.cli import bench, evaluate, methods, model, train, tune
+from rlvr_fast.cli import bench, evaluate, methods, model, plot, show, train, tune
 from rlvr_fast.cli.common import say
 
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 """What a command shows as one line; anything else is a bug and keeps its traceback."""
 
 
@@ -30,6 +30,8 @@ COMMANDS: dict[str, Command] = {
     "model": model,
     "tune": tune,
     "bench": bench,
+    "plot": plot,
+    "show": show,
     "methods": methods,
 }
 
