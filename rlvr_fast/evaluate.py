@@ -1,29 +1,53 @@
-"""Mean reward and pass@k of a model on prompts it was not trained on."""
+"""Rewards, pass@k and majority votes of a model on prompts it was not trained on."""
 
-import math
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlvr_fast import models
+from rlvr_fast import estimates, models
 from rlvr_fast.config import EvalConfig
 from rlvr_fast.devices import DTYPES, device
+from rlvr_fast.engines import make_engine
+from rlvr_fast.estimates import Interval
 from rlvr_fast.methods.base import verified
 from rlvr_fast.prompts import Prompt, Prompts
 from rlvr_fast.rollout import Engine, SamplingParams
-from rlvr_fast.rollout.embedded import EmbeddedEngine
 from rlvr_fast.tasks import Task, load_task
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One completion and what it earned."""
+
+    prompt: Prompt
+    text: str
+    """Decoded without special tokens."""
+    reward: float | None
+    """None: nobody could score it; in every mean it counts as 0."""
+    length: int
+    """Tokens."""
+    finished: bool
+    """Ended by itself."""
+
+
+Answers = Sequence[Sequence[Answer]]
+"""As many for each prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A completion that nobody could score counts as reward 0."""
+    """A completion that nobody could score counts as reward 0; intervals are in `estimates`."""
 
     reward: float
     """Mean over all completions; with rewards 0 and 1 and temperature 0, greedy accuracy."""
+    reward_interval: Interval
     prompts: int
     samples: int
     """Completions per prompt."""
@@ -34,12 +58,22 @@ class Evaluation:
     """Share of completions that ended by themselves."""
     length: float
     """Mean completion tokens."""
-    pass_at: dict[int, float] = field(default_factory=dict)
+    pass_at: Mapping[int, float]
     """By k: the probability that at least one of k completions is correct, mean over prompts."""
+    pass_at_interval: Mapping[int, Interval]
+    majority: float | None
+    """Share of prompts to which most completions give the same correct answer, see `per_prompt`;
+    None for a single completion."""
+    majority_interval: Interval | None
+    tasks: Mapping[str, "Evaluation"] = field(default_factory=dict)
+    """The same for each task of a mixture alone."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON values."""
-        return asdict(self) | {"pass_at": {str(k): value for k, value in self.pass_at.items()}}
+        values = asdict(self) | {"tasks": {tag: one.to_json() for tag, one in self.tasks.items()}}
+        for name in ("pass_at", "pass_at_interval"):
+            values[name] = {str(k): value for k, value in values[name].items()}
+        return values
 
 
 def evaluate(
@@ -61,36 +95,180 @@ def evaluate(
         prompts: at least one.
         sampling: temperature 0 for greedy decoding.
         ks: estimate pass@k for these, each at most `sampling.n`.
-        correct: a completion with at least this reward counts as correct in pass@k.
+        correct: a completion with at least this reward counts as correct.
 
     Raises:
         ValueError: for no prompts or an impossible k.
     """
+    check_ks(ks, sampling.n)
+    found = answers(engine, tokenizer, task, prompts, sampling)
+    return evaluation(task, found, temperature=sampling.temperature, ks=ks, correct=correct)
+
+
+def answers(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+) -> list[list[Answer]]:
+    """`sampling.n` verified completions for each prompt; the arguments are those of `evaluate`.
+
+    Raises:
+        ValueError: for no prompts.
+    """
     if not prompts:
         raise ValueError("prompts: wanted at least one to evaluate on, got none")
-    if any(not 1 <= k <= sampling.n for k in ks):
-        raise ValueError(f"k: wanted 1 to n, {sampling.n}, got {', '.join(map(str, ks))}")
     groups = engine.generate([prompt.ids for prompt in prompts], sampling)
-    flat = [completion for group in groups for completion in group]
-    texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in flat]
-    asked = [prompt for prompt in prompts for _ in range(sampling.n)]
-    scores = verified(task, asked, texts)
-    rewards = [score or 0.0 for score in scores]
+    flat = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
+    texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for _, c in flat]
+    rewards = verified(task, [prompt for prompt, _ in flat], texts)
+    found = [
+        Answer(prompt=p, text=text, reward=reward, length=len(c.token_ids), finished=c.finished)
+        for (p, c), text, reward in zip(flat, texts, rewards, strict=True)
+    ]
+    return [found[start : start + sampling.n] for start in range(0, len(found), sampling.n)]
+
+
+def evaluation(
+    task: Task,
+    groups: Answers,
+    *,
+    temperature: float,
+    ks: Sequence[int] = (),
+    correct: float = 1.0,
+) -> Evaluation:
+    """What `evaluate` says of these answers."""
+    values = per_prompt(task, groups, ks=ks, correct=correct)
+    samples = len(groups[0])
+    vote = values.get(f"maj@{samples}")
+    settings: dict[str, Any] = {"temperature": temperature, "ks": ks, "correct": correct}
     return Evaluation(
-        reward=math.fsum(rewards) / len(rewards),
-        prompts=len(prompts),
-        samples=sampling.n,
-        temperature=sampling.temperature,
-        unscored=scores.count(None),
-        finished=sum(completion.finished for completion in flat) / len(flat),
-        length=sum(len(completion.token_ids) for completion in flat) / len(flat),
-        pass_at=_pass_at([reward >= correct for reward in rewards], sampling.n, ks),
+        reward=fmean(values["reward"]),
+        reward_interval=estimates.mean_interval(values["reward"]),
+        prompts=len(groups),
+        samples=samples,
+        temperature=temperature,
+        unscored=sum(answer.reward is None for group in groups for answer in group),
+        finished=fmean(answer.finished for group in groups for answer in group),
+        length=fmean(values["length"]),
+        pass_at={k: fmean(values[f"pass@{k}"]) for k in ks},
+        pass_at_interval={k: estimates.mean_interval(values[f"pass@{k}"]) for k in ks},
+        majority=None if vote is None else fmean(vote),
+        majority_interval=None if vote is None else estimates.mean_interval(vote),
+        tasks={tag: evaluation(part, own, **settings) for tag, part, own in by_task(task, groups)},
     )
 
 
-def _pass_at(correct: Sequence[bool], n: int, ks: Sequence[int]) -> dict[int, float]:
-    hits = [sum(correct[start : start + n]) for start in range(0, len(correct), n)]
-    return {k: sum(pass_at_k(n, hit, k) for hit in hits) / len(hits) for k in ks}
+def per_prompt(
+    task: Task, groups: Answers, *, ks: Sequence[int] = (), correct: float = 1.0
+) -> dict[str, list[float]]:
+    """By name, one value per prompt: `reward`, `length`, `pass@K` and, of N > 1 samples, `maj@N`.
+
+    `maj@N` is 1 where the answer that most of the completions give is correct. Answers are the same
+    if `Task.answer_key` says so; of answers with as many votes the one sampled first wins, and the
+    first completion that gives it stands for it.
+    """
+    rewards = [[answer.reward or 0.0 for answer in group] for group in groups]
+    hits = [[reward >= correct for reward in group] for group in rewards]
+    values = {
+        "reward": [fmean(group) for group in rewards],
+        "length": [fmean(answer.length for answer in group) for group in groups],
+    }
+    for k in ks:
+        values[f"pass@{k}"] = [estimates.pass_at_k(len(hit), sum(hit), k) for hit in hits]
+    samples = len(groups[0])
+    if samples > 1:
+        winners = [
+            estimates.majority([task.part(a.prompt.example).answer_key(a.text) for a in group])
+            for group in groups
+        ]
+        values[f"maj@{samples}"] = [
+            0.0 if winner is None else float(hit[winner])
+            for winner, hit in zip(winners, hits, strict=True)
+        ]
+    return values
+
+
+def by_task(task: Task, groups: Answers) -> list[tuple[str, Task, Answers]]:
+    """Tag, task and groups of each part of a mixture that was asked; nothing for other tasks."""
+    tags = [group[0].prompt.example.task for group in groups]
+    return [
+        (tag, part, [group for group, other in zip(groups, tags, strict=True) if other == tag])
+        for tag, part in task.parts.items()
+        if tag in tags
+    ]
+
+
+def check_ks(ks: Sequence[int], samples: int) -> None:
+    """Raises a ValueError unless every k is from 1 to `samples`."""
+    if any(not 1 <= k <= samples for k in ks):
+        raise ValueError(f"k: wanted 1 to n, {samples}, got {', '.join(map(str, ks))}")
+
+
+def ask(model: str, task: Task, config: EvalConfig) -> dict[str, list[list[Answer]]]:
+    """The model's answers by kind: `greedy` and, with `config.n`, `sampled`.
+
+    Raises:
+        ValueError: for what the model or task refuses, and for an impossible k.
+    """
+    if config.n is not None:
+        check_ks(config.ks, config.n)
+    path = models.resolve(model)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompts = Prompts(
+        task.evaluation[: config.prompts], tokenizer, system_prompt=config.system_prompt
+    )
+    encoded = list(prompts)
+    engine = make_engine(
+        config.engine,
+        path,
+        config.engine_options,
+        dtype=DTYPES[config.precision],
+        head_dtype=None,
+        device=device(config.device),
+    )
+    with closing(engine):
+        found = {}
+        for kind, sampling in samplings(config).items():
+            _LOG.info("%s: %s completions of %d prompts", model, kind, len(encoded))
+            found[kind] = answers(engine, tokenizer, task, encoded, sampling)
+    return found
+
+
+def samplings(config: EvalConfig) -> dict[str, SamplingParams]:
+    """By kind, how completions are drawn."""
+    tokens = config.max_completion_tokens
+    found = {"greedy": SamplingParams(temperature=0.0, max_tokens=tokens)}
+    if config.n is not None:
+        found["sampled"] = SamplingParams(
+            temperature=config.temperature, max_tokens=tokens, n=config.n, seed=config.seed
+        )
+    return found
+
+
+def ks_of(kind: str, config: EvalConfig) -> Sequence[int]:
+    """The k of pass@k for that kind of answers."""
+    return config.ks if kind == "sampled" else ()
+
+
+def result(
+    model: str, task: Task, config: EvalConfig, found: Mapping[str, Answers]
+) -> dict[str, Any]:
+    """What `evaluate_model` returns, from the model's answers."""
+    drawn = samplings(config)
+    evaluated = {
+        kind: evaluation(
+            task,
+            groups,
+            temperature=drawn[kind].temperature,
+            ks=ks_of(kind, config),
+            correct=config.correct,
+        ).to_json()
+        for kind, groups in found.items()
+    }
+    head = {"model": model, "task": config.task}
+    return head | {kind: evaluated.get(kind) for kind in ("greedy", "sampled")}
 
 
 def evaluate_model(model: str, config: EvalConfig) -> dict[str, Any]:
@@ -98,7 +276,7 @@ def evaluate_model(model: str, config: EvalConfig) -> dict[str, Any]:
 
     Args:
         model: folder, hub id or name.
-        config: see `EvalConfig`.
+        config: see `EvalConfig`; its `against` and its files are the command's.
 
     Returns:
         JSON values: `model`, `task`, `greedy` and `sampled` (or None).
@@ -107,48 +285,4 @@ def evaluate_model(model: str, config: EvalConfig) -> dict[str, Any]:
         ValueError: for what the model or task refuses, and for an impossible k.
     """
     with closing(load_task(config.task, config.task_options)) as task:
-        path = models.resolve(model)
-        engine = EmbeddedEngine(path, dtype=DTYPES[config.precision], device=device(config.device))
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        prompts = Prompts(
-            task.evaluation[: config.prompts], tokenizer, system_prompt=config.system_prompt
-        )
-
-        def run(sampling: SamplingParams, ks: Sequence[int]) -> dict[str, Any]:
-            return evaluate(
-                engine, tokenizer, task, list(prompts), sampling, ks=ks, correct=config.correct
-            ).to_json()
-
-        tokens = config.max_completion_tokens
-        greedy = SamplingParams(temperature=0.0, max_tokens=tokens)
-        sampled = None
-        if config.n is not None:
-            sampling = SamplingParams(
-                temperature=config.temperature, max_tokens=tokens, n=config.n, seed=config.seed
-            )
-            sampled = run(sampling, config.ks)
-        return {
-            "model": model,
-            "task": config.task,
-            "greedy": run(greedy, ()),
-            "sampled": sampled,
-        }
-
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k is correct) from `correct` of `samples`.
-
-    `1 - C(n - c, k) / C(n, k)` as the product of equation 1 and figure 3 of Chen et al.
-    (2107.03374), which neither overflows nor cancels.
-
-    Raises:
-        ValueError: unless `0 <= correct <= samples` and `1 <= k <= samples`.
-    """
-    if not (0 <= correct <= samples and 1 <= k <= samples):
-        raise ValueError(
-            f"pass@k: wanted 0 <= correct <= samples and 1 <= k <= samples, "
-            f"got {correct} of {samples} and k {k}"
-        )
-    if samples - correct < k:
-        return 1.0
-    return 1.0 - math.prod(1.0 - k / i for i in range(samples - correct + 1, samples + 1))
+        return result(model, task, config, ask(model, task, config))

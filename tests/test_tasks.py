@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from rlvr_fast.rewards import score
+from rlvr_fast.rewards.answers import final_answer
 from rlvr_fast.tasks import Example, Task, load_task
 from rlvr_fast.tasks.addition import last_integer
-from rlvr_fast.tasks.reasoning_gym import DatasetVerifier, final_answer
+from rlvr_fast.tasks.reasoning_gym import DatasetVerifier
 
 
 def rewards(task: Task, examples: list[Example], completions: list[str]) -> list[float | None]:
@@ -74,9 +75,11 @@ def test_options_that_make_no_addition_are_refused(options: dict[str, Any], mess
         load_task("addition", options)
 
 
-@pytest.mark.parametrize("name", ["subtraction", "reasoning_gym", "reasoning_gym:", "addition:x"])
+@pytest.mark.parametrize(
+    "name", ["subtraction", "reasoning_gym", "reasoning_gym:", "addition:x", "", "rows"]
+)
 def test_an_unknown_task_is_refused_with_those_that_exist(name: str) -> None:
-    with pytest.raises(ValueError, match="must be `addition` or `reasoning_gym:NAME`, got"):
+    with pytest.raises(ValueError, match=r"must be one of addition, .*, reasoning_gym:NAME, got"):
         load_task(name, {})
 
 

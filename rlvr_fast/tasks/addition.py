@@ -54,7 +54,8 @@ def load(options: Mapping[str, Any]) -> Task:
     examples = [_example(a, b, chosen) for a, b in product(numbers, numbers)]
     random.Random(chosen.seed).shuffle(examples)
     train = examples[chosen.holdout :]
-    return Task("addition", train, examples[: chosen.holdout] or train, sum_reward)
+    held_out = examples[: chosen.holdout] or train
+    return Task("addition", train, held_out, sum_reward, integer_key)
 
 
 def sum_reward(
@@ -80,6 +81,12 @@ def last_integer(text: str) -> int | None:
     if match is None or len(match.group()) > _MOST_CHARACTERS:
         return None
     return int(match.group()[::-1])
+
+
+def integer_key(text: str) -> str | None:
+    """The last integer as text: what a majority vote counts."""
+    integer = last_integer(text)
+    return None if integer is None else str(integer)
 
 
 def _example(a: int, b: int, options: AdditionOptions) -> Example:

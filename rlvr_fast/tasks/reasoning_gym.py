@@ -9,6 +9,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
+from rlvr_fast.rewards.answers import final_answer, text_key
 from rlvr_fast.rewards.workers import VerifierPool
 from rlvr_fast.tasks import Example, Task, check_options, user_message
 
@@ -50,6 +51,7 @@ def load(name: str, options: Mapping[str, Any]) -> Task:
         train,
         _examples(entries[:holdout]) or train,
         VerifierPool(verifier, warm_up=warm_up),
+        text_key,
     )
 
 
@@ -69,16 +71,6 @@ class DatasetVerifier:
 
     def __call__(self, completion: str, entry: Mapping[str, Any]) -> float:
         return float(self.dataset.score_answer(final_answer(completion), dict(entry)))
-
-
-def final_answer(completion: str) -> str:
-    """What stands inside the last `<answer>...</answer>`, else everything; stripped.
-
-    Cost: linear in the text, whatever it holds.
-    """
-    before, closed, _ = completion.rpartition("</answer>")
-    _, opened, inside = before.rpartition("<answer>")
-    return (inside if closed and opened else completion).strip()
 
 
 def _examples(entries: Iterable[Mapping[str, Any]]) -> list[Example]:
