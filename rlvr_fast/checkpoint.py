@@ -1,6 +1,7 @@
 """Checkpoints that appear complete or not at all, and hold everything a run depends on.
 
-A run folder holds `config.json`, `checkpoints/step-000010/` and, at the end, `model/`. Tensors
+A run folder holds `config.json`, `checkpoints/step-000010/` and, at the end, `model/`; a run that
+trains adapters also `adapter/`, and its checkpoints hold those, not the model they adapt. Tensors
 are safetensors, everything else is JSON: loading one runs no code. A folder is written under a
 hidden name, flushed to the disk and renamed, and loses its name before it is deleted, so that a
 process killed at any moment leaves nothing that looks like a checkpoint and is none.
@@ -14,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlvr_fast import config as configs
+from rlvr_fast import lora
 from rlvr_fast.config import TrainConfig
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -37,6 +39,10 @@ class Progress:
     step: int
     """Training steps done."""
     method_state: Mapping[str, Any]
+    position: int
+    """In the endless order of prompts."""
+    pending: Mapping[str, Any] | None = None
+    """The next batch, where it was made ahead: the weights that sampled it are gone."""
 
 
 def save(
@@ -56,6 +62,8 @@ def save(
         state = {
             "step": progress.step,
             "method_state": progress.method_state,
+            "position": progress.position,
+            "pending": progress.pending,
             "python_rng": random.getstate(),
             "numpy_rng": _numpy_rng(),
         }
@@ -96,7 +104,7 @@ def restore(folder: Path, model: PreTrainedModel, adamw: torch.optim.Optimizer) 
     torch.set_rng_state(rng["cpu"])
     if torch.cuda.is_available() and "cuda" in rng:
         torch.cuda.set_rng_state(rng["cuda"])
-    return Progress(step=state["step"], method_state=state["method_state"])
+    return Progress(**{each.name: state[each.name] for each in fields(Progress)})
 
 
 def export(
@@ -105,17 +113,24 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> Path:
-    """Writes `model/`, an ordinary Hugging Face folder with weights in `dtype`."""
+    """Writes `model/`, an ordinary Hugging Face folder with weights in `dtype`.
+
+    Adapters are merged there, and written by themselves to `adapter/`, in peft's format and fp32.
+    """
     folder = run_folder / "model"
     with _appearing(folder) as scratch:
         # Tied weights appear once, under the name that owns them; from_pretrained ties them again.
-        weights = {name: tensor.to("cpu", dtype) for name, tensor in _weights(model)}
+        named = lora.named_weights(model, every_name=False)
+        weights = {name: tensor.to("cpu", dtype) for name, tensor in named}
         model.save_pretrained(scratch, state_dict=weights)
         tokenizer.save_pretrained(scratch)
         # save_pretrained writes the dtype of the model itself.
         file = scratch / "config.json"
         values = json.loads(file.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
         file.write_text(json.dumps(values, indent=2) + "\n")
+    if lora.adapted(model):
+        with _appearing(run_folder / "adapter") as scratch:
+            lora.write_adapter(model, scratch)
     return folder
 
 
@@ -203,8 +218,8 @@ def _flush(path: Path) -> None:
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Each once, though tied under several names."""
-    for name, parameter in model.named_parameters():
+    """What is trained; each once, though tied under several names."""
+    for name, parameter in lora.trained(model):
         yield name, parameter.detach()
 
 

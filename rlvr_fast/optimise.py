@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlvr_fast import attention
+from rlvr_fast import attention, lora
 from rlvr_fast.config import Precision, Schedule, TrainConfig
+from rlvr_fast.devices import DTYPES
 from rlvr_fast.methods.base import BatchShape, Method, group_offsets
 from rlvr_fast.methods.rollouts import Groups
 from rlvr_fast.microbatch import microbatches
-from rlvr_fast.objectives import KL3, EntropyBonus, Objective
+from rlvr_fast.mismatch import Corrected, MismatchCorrection, mismatch
+from rlvr_fast.objectives import KL3, MAX_LOG_RATIO, EntropyBonus, Objective
 from rlvr_fast.ops.linear_logprobs import linear_logprobs
 from rlvr_fast.ops.loss_metrics import LossMetrics
 from rlvr_fast.ops.policy_loss import PolicyLossOutput, policy_loss
@@ -32,7 +35,7 @@ class Microbatch:
 
 
 class Optimiser:
-    """AdamW on fp32 weights; the passes run in the config's precision."""
+    """AdamW on what the model trains, fp32; the passes run in the config's precision."""
 
     def __init__(
         self,
@@ -47,18 +50,26 @@ class Optimiser:
 
         Args:
             config, method: of the run.
-            model: whose parameters are trained.
-            reference: frozen, on the same device; wanted when `config.kl_coef` is above 0.
+            model: whose parameters are trained; its frozen ones stay, as under adapters.
+            reference: frozen, on the same device; wanted when `config.kl_coef` is above 0, unless
+                the model has adapters: then it is its own reference.
             vocab_size: the tokenizer's. An embedding may have more rows; engines never sample
                 those, so the policy is the softmax over the others.
+
+        Raises:
+            ValueError: for settings that do not go together.
         """
         self._config, self._method = config, method
         self._vocab_size = vocab_size
+        if reference is None and config.kl_coef > 0 and lora.adapted(model):
+            reference = model
         self.model, self._reference = model, reference
-        self.objective = _penalised(method.objective(), config)
+        self._corrected = _corrected(method.objective(), config)
+        self.objective = _penalised(self._corrected or method.objective(), config)
         self._level = level(self.objective)
+        self._logits_dtype = _logits_dtype(config)
         self.adamw = torch.optim.AdamW(
-            model.parameters(),
+            [parameter for _, parameter in lora.trained(model)],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
@@ -87,7 +98,7 @@ class Optimiser:
             passed = [self.backward(packed) for packed in packs]
             if update == 0:
                 logps = [each.logp for each in passed]
-                read |= mismatch(packs, logps) | reference_kl(packs, logps)
+                read |= mismatch(packs, logps, self._corrected) | reference_kl(packs, logps)
                 packs = [
                     replace(packed, scored=replace(packed.scored, old_logp=logp))
                     for packed, logp in zip(packs, logps, strict=True)
@@ -174,6 +185,7 @@ class Optimiser:
             temperature=self._config.temperature,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
+            logits_dtype=self._logits_dtype,
             logits_budget=self._config.logits_budget,
             # In the first micro-batch there is none: autograd makes it.
             weight_grad=None if so_far is None else so_far[: len(head.weight)],
@@ -182,7 +194,8 @@ class Optimiser:
     @torch.no_grad()
     def _with_reference(self, reference: PreTrainedModel, packed: Packed) -> Packed:
         head = self._head(reference)
-        with self._autocast():
+        own = reference is self.model
+        with self._autocast(), lora.reference(self.model) if own else nullcontext():
             hidden = attention.hidden_states(reference, packed)
             found = linear_logprobs(
                 hidden.index_select(0, packed.hidden_index),
@@ -192,6 +205,8 @@ class Optimiser:
                 temperature=self._config.temperature,
                 softcap=head.softcap,
                 logit_scale=head.logit_scale,
+                logits_dtype=self._logits_dtype,
+                logits_budget=self._config.logits_budget,
             )
         return replace(packed, scored=replace(packed.scored, ref_logp=found.logp))
 
@@ -224,39 +239,29 @@ def learning_rate(config: TrainConfig, step: int) -> float:
             return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def mismatch(packs: Sequence[Packed], logps: Sequence[Tensor]) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the trainer's, over unmasked tokens.
-
-    Args:
-        packs: with or without `rollout_logp`; without, the result is empty.
-        logps: `[T]` each, nats, under the weights that sampled.
-
-    Returns:
-        Mean and maximum of the absolute difference, and the k3 estimate of KL(sampler || trainer).
-    """
-    gap = _gap(packs, logps, "rollout_logp")
-    if gap is None:
-        return {}
-    found = torch.stack([gap.abs().mean(), gap.abs().amax(), (gap.expm1() - gap).mean()])
-    names = ("mismatch_mean", "mismatch_max", "mismatch_kl")
-    return dict(zip(names, found.tolist(), strict=True))
-
-
 def reference_kl(packs: Sequence[Packed], logps: Sequence[Tensor]) -> dict[str, float]:
     """The k3 estimate of KL(policy || reference), nats per token; empty without a reference."""
-    gap = _gap(packs, logps, "ref_logp")
-    return {} if gap is None else {"ref_kl": float(((-gap).expm1() + gap).mean())}
-
-
-def _gap(packs: Sequence[Packed], logps: Sequence[Tensor], other: str) -> Tensor | None:
-    """`logp - other` of all unmasked tokens, at most 20 either way; None if there are none."""
     gaps = []
     for packed, logp in zip(packs, logps, strict=True):
-        value = getattr(packed.scored, other)
-        if value is None:
-            return None
-        gaps.append((logp - value)[packed.scored.weight != 0])
-    return torch.cat(gaps).clamp(-20, 20) if sum(map(len, gaps)) else None
+        if packed.scored.ref_logp is None:
+            return {}
+        gaps.append((packed.scored.ref_logp - logp)[packed.scored.weight != 0])
+    if not sum(map(len, gaps)):
+        return {}
+    gap = torch.cat(gaps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return {"ref_kl": float((gap.expm1() - gap).mean())}
+
+
+def _corrected(objective: Objective, config: TrainConfig) -> Corrected | None:
+    if config.mismatch_correction is MismatchCorrection.NONE:
+        return None
+    return Corrected(
+        objective=objective,
+        correction=config.mismatch_correction,
+        cap=config.mismatch_cap,
+        floor=config.mismatch_floor,
+        reduction=config.mismatch_reduction,
+    )
 
 
 def _penalised(objective: Objective, config: TrainConfig) -> Objective:
@@ -265,3 +270,11 @@ def _penalised(objective: Objective, config: TrainConfig) -> Objective:
     if config.entropy_coef > 0:
         objective = objective + EntropyBonus(coef=config.entropy_coef)
     return objective
+
+
+def _logits_dtype(config: TrainConfig) -> torch.dtype | None:
+    """None: the op's default for the device."""
+    wanted = config.head_precision
+    if wanted is Precision.BF16 and config.precision is Precision.FP32:
+        raise ValueError("head_precision: wanted fp32 or none with precision fp32, got bf16")
+    return None if wanted is None else DTYPES[wanted]

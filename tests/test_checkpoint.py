@@ -70,7 +70,7 @@ def given(folder, **overrides):
         "updates_per_batch": 2,
         "schedule": "linear",
         "checkpoint_every": 2,
-        "tensorboard": False,
+        "trackers": "none",
         **overrides,
     }
 
@@ -145,6 +145,23 @@ def test_a_finished_run_goes_on_with_more_steps_as_if_never_stopped(tmp_path):
     assert [row["step"] for row in metrics.read(part)] == list(range(STEPS + 1))
 
 
+def test_a_run_with_adapters_resumes_to_the_same_bits_and_saves_little(tmp_path):
+    pytest.importorskip("peft", reason="adapters need it; the test extra installs it")
+    adapters = {"schedule": "constant", "lora_rank": 2, "kl_coef": 0.01}
+    whole = train(configs.load("tiny", given(tmp_path / "whole", **adapters))).run_folder
+    part = tmp_path / "part"
+    train(configs.load("tiny", given(part, steps=3, **adapters)))
+
+    train(resumed_config(part, None, {"steps": str(STEPS)})[0], resume=True)
+
+    newest = f"checkpoints/step-{STEPS:06d}"
+    saved = part / newest / "model.safetensors"
+    for name in ("model/model", "adapter/adapter_model", f"{newest}/model", f"{newest}/optimizer"):
+        file = f"{name}.safetensors"
+        assert (part / file).read_bytes() == (whole / file).read_bytes()
+    assert saved.stat().st_size < 0.3 * (part / "model/model.safetensors").stat().st_size
+
+
 def test_a_finished_run_that_is_resumed_trains_nothing_and_stays_as_it_was(uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_text()
 
@@ -193,7 +210,7 @@ def test_a_checkpoint_holds_weights_optimiser_method_state_and_generators(tmp_pa
     first = trainer(tmp_path)
     first.sync()
     first.step(1)
-    progress = Progress(step=1, method_state={"seen": [1, 2]})
+    progress = Progress(step=1, method_state={"seen": [1, 2]}, position=7)
     folder = checkpoint.save(tmp_path, progress, first.model, first.optimiser.adamw, keep=1)
     drawn = [random.random(), np.random.rand(), float(torch.rand(()))]
 
@@ -212,7 +229,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     run = trainer(tmp_path)
 
     for step in (2, 4, 1_000_000):
-        progress = Progress(step=step, method_state={})
+        progress = Progress(step=step, method_state={}, position=0)
         checkpoint.save(tmp_path, progress, run.model, run.optimiser.adamw, keep=2)
 
     names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
@@ -228,7 +245,7 @@ def test_a_checkpoint_holds_no_pickle(uninterrupted):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run = trainer(tmp_path)
-    progress = Progress(step=1, method_state={})
+    progress = Progress(step=1, method_state={}, position=0)
     folder = checkpoint.save(tmp_path, progress, run.model, run.optimiser.adamw, keep=1)
     run.model.resize_token_embeddings(64)
 

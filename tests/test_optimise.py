@@ -5,10 +5,13 @@ import torch
 
 from rlvr_fast import config as configs
 from rlvr_fast import models
+from rlvr_fast.devices import DTYPES
 from rlvr_fast.methods import method
 from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.optimise import Optimiser, learning_rate
 from rlvr_fast.prompts import Prompt
+from rlvr_fast.rollout import SamplingParams
+from rlvr_fast.rollout.embedded import EmbeddedEngine
 from rlvr_fast.tasks import Example
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,6 +195,143 @@ def test_old_log_probabilities_are_those_of_the_first_pass():
 
     for mine, theirs in zip(two.model.parameters(), alone.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_old_log_probabilities_are_those_of_every_token_however_the_batch_is_cut():
+    """Also of tokens without a gradient: masked ones, and those whose advantage is 0."""
+    groups = rollouts()
+    first = groups[0][0]
+    length = len(first.completion_ids)
+    groups[0][0] = replace(
+        first, advantage=[0.0, *[1.0] * (length - 1)], loss_mask=[1] * (length - 1) + [0]
+    )
+    whole, cut = (optimiser(updates_per_batch=2, learning_rate=1e-3, **budget)
+                  for budget in ({}, {"tokens_per_microbatch": 20}))  # fmt: skip
+    seen = []
+    measure = cut.backward
+    cut.backward = lambda packed: seen.append(packed) or measure(packed)
+
+    ours, theirs = (each.update(groups, step=1) for each in (cut, whole))
+
+    half = len(seen) // 2
+    assert half > 1
+    for before, after in zip(seen[:half], seen[half:], strict=True):
+        assert before.scored.old_logp is None
+        fresh = optimiser(updates_per_batch=2)
+        torch.testing.assert_close(after.scored.old_logp, fresh.backward(before).logp)
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+CORRECTIONS = {
+    "token_truncate": {"mismatch_cap": 1.2},
+    "token_mask": {"mismatch_cap": 1.2, "mismatch_floor": 0.7},
+    "sequence_truncate": {"mismatch_cap": 1.2},
+    "sequence_mask": {"mismatch_cap": 1.5, "mismatch_floor": 0.5, "mismatch_reduction": "mean"},
+}
+
+
+@pytest.mark.parametrize("mode", CORRECTIONS)
+def test_a_correction_is_a_weight_of_each_token(mode):
+    """The oracle: the same factors, made beforehand from the trainer's logp, on the advantages."""
+    groups, plain = rollouts(), optimiser("reinforce")
+    made = optimiser("reinforce", mismatch_correction=mode, **CORRECTIONS[mode])
+    settings = CORRECTIONS[mode]
+    low, high = settings.get("mismatch_floor", 0.0), settings["mismatch_cap"]
+    by_hand = []
+    for group in groups:
+        by_hand.append([])
+        for rollout in group:
+            (packed,) = plain.packs(plain.samples([[replace(rollout, advantage=1.0)]]))
+            gap = plain.backward(packed).logp + 4.0
+            if mode.startswith("sequence"):
+                total = gap.mean() if "mismatch_reduction" in settings else gap.sum()
+                gap = total.expand(len(gap))
+            ratio = gap.exp()
+            inside = (ratio >= low) & (ratio <= high)
+            factor = ratio * inside if mode.endswith("mask") else ratio.clamp(low, high)
+            by_hand[-1].append(replace(rollout, advantage=(rollout.advantage * factor).tolist()))
+    plain.adamw.zero_grad()
+
+    assert_same(gradient(made, groups), gradient(plain, by_hand))
+
+
+def test_a_correction_reaches_no_penalty_and_tells_its_share():
+    groups = [[replace(rollout, rollout_logp=[-60.0] * len(rollout.rollout_logp))
+               for rollout in group] for group in rollouts()]  # fmt: skip
+    masked = optimiser(mismatch_correction="token_mask", entropy_coef=0.1)
+    only_penalty = optimiser(entropy_coef=0.1)
+    no_signal = [[replace(rollout, advantage=0.0) for rollout in group] for group in groups]
+
+    assert_same(gradient(masked, groups), gradient(only_penalty, no_signal))
+    assert masked.update(groups, step=1)["mismatch_masked"] == 1
+    assert "mismatch_masked" not in only_penalty.update(groups, step=1)
+
+
+def test_a_correction_without_the_samplers_log_probabilities_is_refused():
+    groups = [[replace(rollout, rollout_logp=None) for rollout in group] for group in rollouts()]
+
+    with pytest.raises(ValueError, match="this objective reads rollout_logp: wanted it"):
+        optimiser(mismatch_correction="token_truncate").update(groups, step=1)
+
+
+def test_fp32_logits_on_both_sides_bring_sampler_and_trainer_together(tmp_path):
+    """What all logits have in common is lost in the softmax, and so is what bf16 rounds with it."""
+    folder = models.tiny(tmp_path / "tiny")
+    shifted = models.load(folder)[0]
+    with torch.no_grad():
+        shifted.get_input_embeddings().weight.add_(0.5)
+    shifted.save_pretrained(folder)
+
+    rounded, exact = (measured_mismatch(folder, head) for head in ("bf16", "fp32"))
+
+    assert exact["mismatch_mean"] < 0.1 * rounded["mismatch_mean"]
+    assert exact["mismatch_kl"] < 0.1 * rounded["mismatch_kl"]
+
+
+def measured_mismatch(folder, head):
+    given = {"method": "reinforce", "precision": "bf16", "head_precision": head}
+    config = configs.load("tiny", given)
+    model, tokenizer = models.load(folder)
+    engine = EmbeddedEngine(folder, head_dtype=DTYPES[config.head_precision])
+    prompts = [[10 + n, 20, 30] for n in range(4)]
+    found = engine.generate(prompts, SamplingParams(max_tokens=8, n=4))
+    groups = [
+        [
+            Rollout(
+                prompt=Prompt(index=0, example=Example("?"), ids=ids),
+                gen_prompt_ids=ids,
+                train_prompt_ids=ids,
+                completion_ids=completion.token_ids,
+                text="",
+                finished=True,
+                rollout_logp=completion.logp,
+                advantage=1.0,
+            )
+            for completion in completions
+        ]
+        for ids, completions in zip(prompts, found, strict=True)
+    ]
+    made = Optimiser(config, method("reinforce", {}), model, vocab_size=len(tokenizer))
+    return made.update(groups, step=1)
+
+
+def test_the_head_precision_is_that_of_the_logits_of_policy_and_reference():
+    found = {}
+    for head in ("bf16", "fp32"):
+        made = optimiser(precision="bf16", head_precision=head, kl_coef=0.1, temperature=0.05)
+        (packed,) = made.packs(made.samples(rollouts()))
+        packed = made._with_reference(made._reference, packed)
+        found[head] = torch.stack([made.backward(packed).logp, packed.scored.ref_logp])
+    rounding = (found["bf16"] - found["fp32"]).abs()
+
+    assert (rounding.amax(1) > 1e-3).all()
+    torch.testing.assert_close(found["bf16"], found["fp32"], rtol=0, atol=0.2)
+
+
+def test_bf16_logits_of_fp32_products_are_refused():
+    with pytest.raises(ValueError, match=r"^head_precision: wanted fp32 or none with precision"):
+        optimiser(precision="fp32", head_precision="bf16")
 
 
 def test_the_mismatch_to_the_sampler_is_measured():

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from rlvr_fast import options
+from rlvr_fast import options, trackers
 from rlvr_fast.config.checks import Precision, check, check_device
+from rlvr_fast.config.corrections import MismatchCorrection, MismatchReduction, check_bounds
 
 
 class Schedule(StrEnum):
@@ -14,6 +15,23 @@ class Schedule(StrEnum):
     CONSTANT = "constant"
     LINEAR = "linear"
     COSINE = "cosine"
+
+
+class Overlong(StrEnum):
+    """What becomes of completions that were cut off at `max_completion_tokens`."""
+
+    KEEP = "keep"
+    MASK = "mask"
+    PENALTY = "penalty"
+
+
+class EngineName(StrEnum):
+    """What generates."""
+
+    AUTO = "auto"
+    EMBEDDED = "embedded"
+    VLLM = "vllm"
+    VLLM_SERVER = "vllm-server"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +45,8 @@ class TrainConfig:
     model: str
     """Model folder, hub id, or one that needs no download: smollm2-135m, tiny."""
     task: str
-    """Where prompts and rewards come from: addition, or reasoning_gym:NAME."""
+    """Where prompts and rewards come from: addition, word_problems, dataset, mixture, or
+    reasoning_gym:NAME."""
     task_options: options.Table = field(default_factory=dict)
     """Table of the task's own options."""
     method: str
@@ -48,6 +67,12 @@ class TrainConfig:
     """Completions are cut off here, in training and evaluation."""
     temperature: float = 1.0
     """Of sampling, and of the log-probabilities that are trained."""
+    refill_rounds: int = 0
+    """How often a batch may sample other prompts in place of groups without a signal; 0: never."""
+    overlong: Overlong = Overlong.KEEP
+    """Completions that are cut off: keep them, mask their tokens, or penalty (soft, see buffer)."""
+    overlong_buffer: int = 0
+    """With overlong = penalty: over so many last tokens the reward falls linearly by 1."""
     system_prompt: str = ""
     """Put before every chat as a system message; empty: none."""
     tokens_per_microbatch: int = 8192
@@ -74,10 +99,33 @@ class TrainConfig:
     """Weight of the k3 KL estimate to a frozen copy of the initial model; 0: no copy is kept."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
+    mismatch_correction: MismatchCorrection = MismatchCorrection.NONE
+    """Weigh losses by exp(trainer's logp - sampler's): per token or sequence, truncate the ratio at
+    the two bounds below or mask it (0) outside of them. Denominators stay as they are."""
+    mismatch_cap: float = 3.0
+    """The largest ratio that counts as it is."""
+    mismatch_floor: float = 0.0
+    """The smallest ratio that counts as it is."""
+    mismatch_reduction: MismatchReduction = MismatchReduction.SUM
+    """A sequence's log-ratio: the sum over its tokens (exact), or the mean (any length alike)."""
+    head_precision: Precision | None = None
+    """Of the logits, here and in the embedded engine; none: fp32 where that costs no time."""
     precision: Precision = Precision.BF16
     """Of the forward and backward pass; the optimiser's weights are fp32. Also of the export."""
-    engine: str = "embedded"
-    """What generates: embedded (in process)."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank and leave the model as it is; 0: train all weights."""
+    lora_alpha: float = 32.0
+    """The adapters' product is scaled by lora_alpha / lora_rank."""
+    lora_targets: str = "all-linear"
+    """Layers with an adapter: all-linear (all but the head), or names separated by commas."""
+    engine: EngineName = EngineName.AUTO
+    """embedded (transformers, in process), vllm (in process), vllm-server, or auto: vllm on a GPU
+    where it is installed, else embedded."""
+    engine_options: options.Table = field(default_factory=dict)
+    """Table of the engine's own options."""
+    pipeline: bool = False
+    """Generate the next batch during the update: one step off policy, so a mismatch_correction is
+    wanted."""
     engine_precision: Precision = Precision.BF16
     """Of the generating copy of the weights."""
     engine_sleeps: bool = False
@@ -94,8 +142,8 @@ class TrainConfig:
     """Older checkpoints are deleted."""
     log_completions: int = 8
     """Completions per step that are written to completions.jsonl."""
-    tensorboard: bool = True
-    """Also write TensorBoard event files, if tensorboard is installed."""
+    trackers: str = "tensorboard"
+    """Where numbers also go: tensorboard, wandb, trackio, separated by commas; or none."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
     threads: int | None = None
@@ -108,14 +156,27 @@ class TrainConfig:
             check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, ">= 1")
         for name in _NOT_NEGATIVE:
             check(self, name, 0 <= getattr(self, name) < math.inf, ">= 0 and finite")
-        for name in ("temperature", "max_grad_norm"):
+        for name in ("temperature", "max_grad_norm", "lora_alpha"):
             check(self, name, 0 < getattr(self, name) < math.inf, "> 0 and finite")
         for name in ("adam_beta1", "adam_beta2"):
             check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         check(self, "seed", self.seed < 2**32, "< 2**32")
         check(self, "warmup_steps", self.warmup_steps <= self.steps, f"<= steps, {self.steps}")
-        check(self, "engine", self.engine == "embedded", "embedded")
+        buffer = self.overlong is not Overlong.PENALTY or self.overlong_buffer >= 1
+        check(self, "overlong_buffer", buffer, ">= 1 with overlong = penalty")
+        longest = self.max_completion_tokens
+        fits = self.overlong_buffer <= longest
+        check(self, "overlong_buffer", fits, f"<= max_completion_tokens, {longest}")
+        free = not (self.pipeline and self.engine_sleeps)
+        check(self, "engine_sleeps", free, "false with pipeline, whose engine always works")
+        if self.pipeline:
+            corrected = self.mismatch_correction is not MismatchCorrection.NONE
+            check(self, "mismatch_correction", corrected, "one with pipeline, which is off policy")
+        check_bounds(self.mismatch_floor, self.mismatch_cap)
+        narrow = self.head_precision is Precision.BF16 and self.precision is not Precision.BF16
+        check(self, "head_precision", not narrow, "fp32 or none with precision fp32")
         check_device(self)
+        trackers.names(self.trackers)
 
 
 _COUNTS = (
@@ -140,6 +201,9 @@ _NOT_NEGATIVE = (
     "entropy_coef",
     "eval_every",
     "log_completions",
+    "refill_rounds",
+    "lora_rank",
+    "overlong_buffer",
 )
 
 FREE_ON_RESUME = frozenset(
@@ -151,7 +215,7 @@ FREE_ON_RESUME = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "log_completions",
-        "tensorboard",
+        "trackers",
         "tokens_per_microbatch",
         "share_prompts",
         "engine_sleeps",

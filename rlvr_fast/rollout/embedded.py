@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlvr_fast import attention, models
+from rlvr_fast.ops import wide_linear
 from rlvr_fast.ops.transform import LogitTransform, transformed
 from rlvr_fast.packed import Sample, pack
 from rlvr_fast.rollout import Completion, SamplingParams
@@ -31,14 +33,16 @@ class EmbeddedEngine:
 
     Args:
         model: a folder or hub id, see `models.resolve`.
-        dtype: of the copy; its cache is fp32. In bf16 on a CPU the logits, too, are rounded to
-            bf16 before the fp32 softmax: log-probabilities are those of what was sampled from.
+        dtype: of the copy; its cache is fp32.
         device: where the copy lives.
+        head_dtype: of the logits, which fp32 softmax and sampling start from: fp32 or `dtype`. None
+            as for `policy_loss`: fp32 where that costs no time. fp32 on a CPU without avx512_bf16
+            casts the head once per `generate`.
         cache_tokens: how many tokens of prompts and completions are held at once; a larger
             request runs in turns. A single row may exceed it.
 
     Raises:
-        ValueError: for a model that `attention.install` does not support.
+        ValueError: for a model that `attention.install` does not support, or another head_dtype.
     """
 
     def __init__(
@@ -47,12 +51,15 @@ class EmbeddedEngine:
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        head_dtype: torch.dtype | None = None,
         cache_tokens: int = 65536,
     ) -> None:
+        if head_dtype not in (None, dtype, torch.float32):
+            raise ValueError(f"head_dtype: wanted {dtype} or torch.float32, got {head_dtype}")
         loaded, tokenizer = models.load(model, dtype=dtype)
         self._model = loaded
         self._device = torch.device(device)
-        self._cache_tokens = cache_tokens
+        self._head_dtype, self._cache_tokens = head_dtype, cache_tokens
         # Embeddings are often padded: the rows past the tokenizer's are never sampled.
         self._vocab_size = len(tokenizer)
         self._eos_ids = torch.tensor(_eos_ids(loaded, tokenizer), dtype=torch.int64, device=device)
@@ -80,11 +87,12 @@ class EmbeddedEngine:
         draws = torch.Generator().manual_seed(sampling.seed)
         shape = (len(prompts), sampling.n, sampling.max_tokens)
         noise = torch.rand(shape, dtype=torch.float64, generator=draws)
+        head = _Head(attention.head(self._model), self._vocab_size, self._head_dtype)
         done: dict[_Row, Completion] = {}
         for rows in self._batches(prompts, sampling):
             batch = [prompts[row.prompt] for row in rows]
             rows_noise = torch.stack([noise[row] for row in rows])
-            completions = self._complete(batch, rows_noise.to(self._device), sampling)
+            completions = self._complete(batch, rows_noise.to(self._device), sampling, head)
             done.update(zip(rows, completions, strict=True))
         return [[done[_Row(p, s)] for s in range(sampling.n)] for p in range(len(prompts))]
 
@@ -146,7 +154,11 @@ class EmbeddedEngine:
             yield batch
 
     def _complete(
-        self, prompts: Sequence[Sequence[int]], noise: Tensor, sampling: SamplingParams
+        self,
+        prompts: Sequence[Sequence[int]],
+        noise: Tensor,
+        sampling: SamplingParams,
+        head: "_Head",
     ) -> list[Completion]:
         """One completion per row; equal prompts must be neighbours, the longest first."""
         cache, hidden = self._prefill(prompts, sampling.max_tokens)
@@ -154,7 +166,7 @@ class EmbeddedEngine:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
         alive = torch.arange(len(prompts), device=self._device)
         for step in range(sampling.max_tokens):
-            tokens, logp = self._draw(hidden, noise[alive, step], sampling.temperature)
+            tokens, logp = head.draw(hidden, noise[alive, step], sampling.temperature)
             written.tokens[alive, step], written.logp[alive, step] = tokens, logp
             written.length[alive] = step + 1
             ended = torch.isin(tokens, self._eos_ids)
@@ -193,22 +205,49 @@ class EmbeddedEngine:
         hidden = attention.run(self._model, ids, positions, plan)[0]
         return cache, hidden[last.to(self._device)][prompt_of_row]
 
-    def _draw(self, hidden: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        head = attention.head(self._model)
+
+class _Head:
+    """The output embedding of the tokens that may be sampled, for many small products."""
+
+    def __init__(self, head: attention.Head, vocab_size: int, dtype: torch.dtype | None) -> None:
+        """`dtype` of the logits; None: fp32 where that costs no time."""
+        self._settings, weight = head, head.weight[:vocab_size]
+        in_one_step = weight.is_cuda or (weight.dtype == torch.bfloat16 and wide_linear.supported())
+        if dtype is None:
+            free = in_one_step and (weight.is_cuda or wide_linear.keeps_up())
+            dtype = torch.float32 if free else weight.dtype
+        self._wide = in_one_step and dtype != weight.dtype
+        if not in_one_step:
+            weight = weight.to(dtype)
+        self._weight = weight
+        self._bias = None if head.bias is None else head.bias[:vocab_size].to(dtype)
+
+    def draw(self, hidden: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """One token per row of `hidden` and its log-probability; greedy at temperature 0."""
         transform = LogitTransform(
-            temperature=temperature or 1.0, softcap=head.softcap, logit_scale=head.logit_scale
+            temperature=temperature or 1.0,
+            softcap=self._settings.softcap,
+            logit_scale=self._settings.logit_scale,
         )
-        weight = head.weight[: self._vocab_size].t()
-        # Only CUDA's GEMM can leave the sums of bf16 products in fp32.
-        logits = torch.mm(hidden, weight, torch.float32) if hidden.is_cuda else hidden @ weight
-        if head.bias is not None:
-            logits = logits + head.bias[: self._vocab_size]
         drawn = [
             _sample(transformed(some, transform.scale, transform.cap), u if temperature else None)
-            for some, u in zip(logits.split(_ROWS_AT_ONCE), noise.split(_ROWS_AT_ONCE), strict=True)
+            for some, u in zip(
+                self._logits(hidden).split(_ROWS_AT_ONCE), noise.split(_ROWS_AT_ONCE), strict=True
+            )
         ]
         tokens, logp = zip(*drawn, strict=True)
         return torch.cat(tokens), torch.cat(logp)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        weight, bias = self._weight, self._bias
+        if not self._wide:
+            return F.linear(hidden.to(weight.dtype), weight, bias)
+        if hidden.is_cuda:
+            logits = torch.mm(hidden, weight.t(), torch.float32)
+            return logits if bias is None else logits + bias
+        out = torch.empty(len(hidden), len(weight))
+        wide_linear.wide_linear(hidden, weight, bias, out, torch.get_num_threads())
+        return out
 
 
 def _sample(logits: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:

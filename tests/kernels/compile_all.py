@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from rlvr_fast.kernels import launch as launching
 from rlvr_fast.kernels.group_advantages import group_advantages_kernel
 from rlvr_fast.kernels.launch import LOG, launch
+from rlvr_fast.mismatch import Corrected, MismatchCorrection
 from rlvr_fast.objectives import (
     KL3,
     ClippedSurrogate,
@@ -194,12 +195,16 @@ def fused(objective: Objective, dtype: torch.dtype, num_tokens: int = 2, *,
 
 def policy_kernels():
     everything = DynamicClipSurrogate() + KL3() + EntropyBonus()
+    corrected = Corrected(
+        objective=ClippedSurrogate(), correction=MismatchCorrection.TOKEN_MASK, floor=0.5
+    )
     for objective, dtype in (
         (PolicyGradient(), torch.float32),
         (EntropyBonus(), torch.bfloat16),
         (everything, torch.float32),
         (everything, torch.bfloat16),
         (ClippedSurrogate(dual_clip=3.0), torch.float16),
+        (corrected, torch.float32),
     ):
         fused(objective, dtype)
         yield measured(f"{type(objective).__name__} {dtype}")
