@@ -7,16 +7,18 @@ every group has a signal and we may leave nothing out. TRL generates with transf
 Its settings are its defaults except: no gradient checkpointing (ours has none either), and four
 micro-batches of 32 (NOTES.md: not established as the fastest).
 
-Both step in turn in one process: ours runs when a step of TRL's loop has ended.
+Every contender lives in a process of its own, and they step in turn: nobody's memory or threads
+are in another's way, and all meet the same neighbours.
 """
 
+import multiprocessing
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -31,12 +33,13 @@ PROMPTS, SAMPLES, LENGTH = 16, 8, 12
 TOKENS = PROMPTS * SAMPLES * LENGTH
 MICROBATCH = 32
 """TRL's, in completions. Ours packs all into one."""
-STEPS = 2
+STEPS = 3
 """Measured, after one to warm up."""
 NEVER_SAMPLED = "<file_sep>"
 LEARNING_RATE = 1e-6
 
 Seconds = dict[str, float]
+PARTS = ("generate", "update", "sync", "step")
 
 
 def text_length(completions: list[Any], **_: Any) -> list[float]:
@@ -47,75 +50,105 @@ def text_length(completions: list[Any], **_: Any) -> list[float]:
 def test_training_step(
     tmp_path: Path, benchmark: BenchmarkFixture, report: Callable[[Table], None]
 ) -> None:
-    trl = pytest.importorskip("trl", reason="the bench extra installs it")
     folder = endless(tmp_path / "model")
-    given = load_task("addition", {})
-    task = Task("addition", given.train[:PROMPTS], given.evaluation[:1], text_length)
-    ours, theirs = Ours(folder, task, tmp_path / "ours"), []
-    peer = stock(trl, folder, task, tmp_path / "trl", ours, theirs)
-    benchmark.pedantic(peer.train)
+    contenders = {"rlvr_fast": embedded}
+    if installed("vllm"):
+        contenders["rlvr_fast, vLLM"] = vllm
+    if installed("trl"):
+        contenders["TRL 1.16"] = stock
+    found = benchmark.pedantic(in_turn, (contenders, folder, tmp_path))
+    own = found["rlvr_fast"]
     rows = [
         {
             "": name,
-            **{f"{part} s": median(s[part] for s in steps[1:]) for part in steps[0]},
-            "tokens/s": TOKENS / median(s["step"] for s in steps[1:]),
-            "x ours": median(
-                s["step"] / own["step"] for s, own in zip(steps[1:], ours.seconds[1:], strict=True)
-            ),
+            **{f"{part} s": median(s[part] for s in steps) for part in PARTS},
+            "tokens/s": TOKENS / median(s["step"] for s in steps),
+            "x ours": median(s["step"] / o["step"] for s, o in zip(steps, own, strict=True)),
         }
-        for name, steps in (("rlvr_fast", ours.seconds), ("TRL 1.16", theirs))
+        for name, steps in found.items()
     ]
     title = (
         f"One training step: SmolLM2-135M, {PROMPTS} prompts x {SAMPLES} completions x {LENGTH} "
         f"tokens, median of {STEPS} steps"
     )
-    report(Table(title=title, rows=rows, notes=["update: everything that is not generation"]))
+    notes = [
+        f"{torch.get_num_threads()} threads each, one process each, in turn",
+        "update: everything that is neither generation nor weight transfer",
+    ]
+    report(Table(title=title, rows=rows, notes=notes))
 
 
-def endless(folder: Path) -> str:
-    """SmolLM2-135M with an end-of-sequence token that it never samples."""
-    model, tokenizer = models.load(models.resolve("smollm2-135m"))
-    # Both need a padding token, and TRL takes the end of sequence for want of one.
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.eos_token = NEVER_SAMPLED
-    for config in (model.config, model.generation_config):
-        config.eos_token_id = tokenizer.convert_tokens_to_ids(NEVER_SAMPLED)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+def installed(module: str) -> bool:
+    try:
+        __import__(module)
+    except ImportError:
+        return False
+    return True
 
 
-class Ours:
+def in_turn(
+    contenders: dict[str, Callable[..., None]], model: str, folder: Path
+) -> dict[str, list[Seconds]]:
+    """By name, the seconds of each step but the first."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for name, contender in contenders.items():
+        pipes[name], theirs = spawn.Pipe()
+        arguments = (theirs, model, folder / contender.__name__)
+        processes.append(spawn.Process(target=contender, args=arguments))
+        processes[-1].start()
+        theirs.close()
+        assert pipes[name].recv() == "ready"
+    found: dict[str, list[Seconds]] = {name: [] for name in contenders}
+    for _ in range(1 + STEPS):
+        for name, pipe in pipes.items():
+            pipe.send("step")
+            found[name].append(pipe.recv())
+    for process in processes:
+        process.join()
+    return {name: steps[1:] for name, steps in found.items()}
+
+
+def embedded(parent: Connection, model: str, folder: Path) -> None:
+    ours(parent, model, folder, "embedded")
+
+
+def vllm(parent: Connection, model: str, folder: Path) -> None:
+    ours(parent, model, folder, "vllm")
+
+
+def ours(parent: Connection, model: str, folder: Path, engine: str) -> None:
     """Our trainer, one step at a time."""
-
-    def __init__(self, model: str, task: Task, run_folder: Path) -> None:
-        config = configs.load(
-            "addition",
-            {
-                "model": model,
-                "run_folder": str(run_folder),
-                "method": "grpo",
-                "prompts_per_step": PROMPTS,
-                "samples_per_prompt": SAMPLES,
-                "max_completion_tokens": LENGTH,
-                "learning_rate": LEARNING_RATE,
-            },
-        )
-        self.trainer = Trainer(config, task)
-        self.trainer.sync()
-        self.seconds: list[Seconds] = []
-
-    def step(self) -> None:
-        values, groups = self.trainer.step(len(self.seconds) + 1)
+    config = configs.load(
+        "addition",
+        {
+            "model": model,
+            "run_folder": str(folder),
+            "method": "grpo",
+            "engine": engine,
+            "prompts_per_step": PROMPTS,
+            "samples_per_prompt": SAMPLES,
+            "max_completion_tokens": LENGTH,
+            "learning_rate": LEARNING_RATE,
+        },
+    )
+    trainer = Trainer(config, task())
+    trainer.sync()
+    parent.send("ready")
+    for step in range(1, 2 + STEPS):
+        assert parent.recv() == "step"
+        values, groups = trainer.step(step)
         assert sum(len(r.completion_ids) for group in groups for r in group) == TOKENS
-        generate, total = values["seconds_generate"], values["seconds_total"]
-        self.seconds.append({"generate": generate, "update": total - generate, "step": total})
+        generate, sync = values["seconds_generate"], values["seconds_sync"]
+        total = values["seconds_total"]
+        update = total - generate - sync
+        parent.send({"generate": generate, "update": update, "sync": sync, "step": total})
+    trainer.engine.close()
 
 
-def stock(
-    trl: Any, model: str, task: Task, folder: Path, ours: Ours, seconds: list[Seconds]
-) -> Any:
-    """TRL's trainer; after each of its steps ours has its turn and `seconds` grows."""
+def stock(parent: Connection, model: str, folder: Path) -> None:
+    """TRL's trainer, whose loop waits before every step."""
+    import trl
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -133,12 +166,14 @@ def stock(
         start = 0.0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            assert parent.recv() == "step"
             trainer.generating, self.start = 0.0, time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             step, generate = time.perf_counter() - self.start, trainer.generating
-            seconds.append({"generate": generate, "update": step - generate, "step": step})
-            ours.step()
+            parent.send(
+                {"generate": generate, "update": step - generate, "sync": 0.0, "step": step}
+            )
 
     trainer = Timed(
         model=model,
@@ -161,7 +196,26 @@ def stock(
             dataloader_pin_memory=False,
             model_init_kwargs={"dtype": torch.float32},
         ),
-        train_dataset=Dataset.from_list([{"prompt": e.prompt} for e in task.train]),
+        train_dataset=Dataset.from_list([{"prompt": e.prompt} for e in task().train]),
         callbacks=[Turns()],
     )
-    return trainer
+    parent.send("ready")
+    trainer.train()
+
+
+def task() -> Task:
+    given = load_task("addition", {})
+    return Task("addition", given.train[:PROMPTS], given.evaluation[:1], text_length)
+
+
+def endless(folder: Path) -> str:
+    """SmolLM2-135M with an end-of-sequence token that it never samples."""
+    model, tokenizer = models.load(models.resolve("smollm2-135m"))
+    # Both need a padding token, and TRL takes the end of sequence for want of one.
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.eos_token = NEVER_SAMPLED
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.convert_tokens_to_ids(NEVER_SAMPLED)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

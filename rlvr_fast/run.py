@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from rlvr_fast import checkpoint, metrics
+from rlvr_fast import checkpoint, metrics, trackers
 from rlvr_fast import config as configs
 from rlvr_fast.config import FREE_ON_RESUME, TrainConfig
 from rlvr_fast.metrics import RunLog
 from rlvr_fast.tasks import load_task
+from rlvr_fast.trackers import TrackedRun
 from rlvr_fast.trainer import Trainer
 
 
@@ -47,22 +48,20 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     folder = Path(config.run_folder)
     if not resume and (folder / "config.json").exists():
         raise ValueError(f"run_folder: wanted one without a run (or --resume it), got {folder}")
+    wanted = trackers.available(trackers.names(config.trackers))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with closing(load_task(config.task, config.task_options)) as task:
-        trainer = Trainer(config, task)
-        with checkpoint.hold(folder):
-            checkpoint.write_config(folder, config)
-            done = trainer.restore() if resume else 0
-            with RunLog(
-                folder,
-                step=done,
-                steps=config.steps,
-                tensorboard=config.tensorboard,
-                completions=config.log_completions,
-            ) as log:
-                trainer.run(done, log)
-            trainer.export()
+    with (
+        closing(load_task(config.task, config.task_options)) as task,
+        closing(Trainer(config, task)) as trainer,
+        checkpoint.hold(folder),
+    ):
+        checkpoint.write_config(folder, config)
+        done = trainer.restore() if resume else 0
+        tracked = TrackedRun(folder=folder, values=configs.to_values(config), step=done)
+        with RunLog(config, step=done, trackers=trackers.start(wanted, tracked)) as log:
+            trainer.run(done, log)
+        trainer.export()
     return summary(folder, trainer.evaluated_on)
 
 

@@ -1,28 +1,26 @@
 """The training loop, to be read from top to bottom; `run` is what surrounds it."""
 
 import random
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlvr_fast import checkpoint, models
-from rlvr_fast.config import TrainConfig
-from rlvr_fast.devices import DTYPES, device
+from rlvr_fast import checkpoint, lora, memory, models
+from rlvr_fast.ahead import Ahead
+from rlvr_fast.collect import Batch, Collector, sampling_seed, timed
+from rlvr_fast.config import EngineName, TrainConfig
+from rlvr_fast.devices import DTYPES, device, keep_freed_memory
+from rlvr_fast.engines import make_engine
 from rlvr_fast.evaluate import evaluate
 from rlvr_fast.methods import method
-from rlvr_fast.methods.base import Context
 from rlvr_fast.methods.rollouts import Groups
 from rlvr_fast.metrics import RunLog
 from rlvr_fast.optimise import Optimiser
 from rlvr_fast.prompts import Prompts
 from rlvr_fast.rollout import SamplingParams
-from rlvr_fast.rollout.embedded import EmbeddedEngine
 from rlvr_fast.tasks import Task
 
 
@@ -39,19 +37,42 @@ class Trainer:
                 f"ratio, got {config.updates_per_batch}"
             )
         place = device(config.device)
+        if place == "cpu":
+            keep_freed_memory()
         path = models.resolve(config.model)
-        self.model, self.tokenizer = _on(place, path)
+        # What adapters leave as it is needs no more bits than the passes use.
+        kept = DTYPES[config.precision] if config.lora_rank else torch.float32
+        self.model, self.tokenizer = _on(place, path, kept)
         reference = None
-        if config.kl_coef > 0:
-            reference = _on(place, path)[0].requires_grad_(False)
+        if config.lora_rank:
+            lora.wrap(
+                self.model,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                targets=config.lora_targets,
+                seed=config.seed,
+            )
+        elif config.kl_coef > 0:
+            reference = _on(place, path, torch.float32)[0].requires_grad_(False)
         self.optimiser = Optimiser(
             config, self.method, self.model, reference, vocab_size=len(self.tokenizer)
         )
-        self.engine = EmbeddedEngine(path, dtype=DTYPES[config.engine_precision], device=place)
-        self.prompts, self.evaluation = (
-            Prompts(examples, self.tokenizer, system_prompt=config.system_prompt, seed=config.seed)
-            for examples in (task.train, task.evaluation[: config.eval_prompts])
+        self.engine = make_engine(
+            config.engine,
+            path,
+            config.engine_options,
+            dtype=DTYPES[config.engine_precision],
+            head_dtype=None if config.head_precision is None else DTYPES[config.head_precision],
+            device=place,
         )
+        encoded = partial(Prompts, tokenizer=self.tokenizer, system_prompt=config.system_prompt)
+        self.prompts = encoded(task.train, seed=config.seed, weights=task.weights)
+        self.evaluation = encoded(task.evaluation[: config.eval_prompts])
+        self.ahead = Ahead(
+            Collector(config, self.method, task, self.prompts, self.tokenizer, self.engine).batch
+        )
+        self.position = 0
+        """Of the next batch in the endless order of prompts."""
         kind = "training" if task.evaluation is task.train else "held-out"
         self.evaluated_on = f"{len(self.evaluation)} {kind} prompts"
 
@@ -62,11 +83,22 @@ class Trainer:
             return 0
         progress = checkpoint.restore(folder, self.model, self.optimiser.adamw)
         self.method.load_state_dict(progress.method_state)
+        self.position = progress.position
+        if progress.pending is not None:
+            self.ahead.put_back(Batch.from_values(progress.pending, self.prompts))
         return progress.step
 
     def run(self, done: int, log: RunLog) -> None:
         """All steps after `done`, with evaluation, log and checkpoints where they are due."""
         config = self.config
+        needed = memory.estimate(
+            config,
+            self.model,
+            prompt_tokens=len(self.prompts[0].ids),
+            engine_here=config.engine is not EngineName.VLLM_SERVER,
+        )
+        for line in needed.lines(config):
+            log.say(line)
         self.sync()
         if done == 0:
             log.doing("evaluate")
@@ -87,54 +119,39 @@ class Trainer:
 
     def step(self, step: int) -> tuple[dict[str, float], Groups]:
         """One training step, from 1: its metrics and rollouts."""
-        seconds: dict[str, float] = {}
-        with _timed(seconds, "total"):
-            context = self.context(step, reseed(self.config.seed, step))
-            with _timed(seconds, "generate"):
-                prompts = self.method.select_prompts(context)
-                groups = self.method.rollout(context, prompts)
-                if self.config.engine_sleeps:
-                    self.engine.sleep()
-            with _timed(seconds, "verify"):
-                groups = self.method.verify(context, groups)
-            with _timed(seconds, "update"):
-                groups = self.method.advantages(groups)
-                update = self.optimiser.update(groups, step)
-            with _timed(seconds, "sync"):
-                self.sync()
-        values = rollout_metrics(groups) | update
+        config, seconds = self.config, dict[str, float]()
+        with timed(seconds, "total"):
+            reseed(config.seed, step)
+            with timed(seconds, "wait"), memory.explained("generate"):
+                batch = self.ahead.take(step, self.position)
+            self.position = batch.position
+            if config.engine_sleeps:
+                self.engine.sleep()
+            if config.pipeline and step < config.steps:
+                with timed(seconds, "sync"):
+                    self.sync()
+                self.ahead.start(step + 1, self.position)
+            with timed(seconds, "update"), memory.explained("update"):
+                update = self.optimiser.update(batch.groups, step)
+            if not config.pipeline or step == config.steps:
+                with timed(seconds, "sync"):
+                    self.sync()
+        values = batch.metrics() | update
         tokens = values["length"] * values["sequences"]
         values["tokens_per_second"] = tokens / seconds["total"]
-        return values | {f"seconds_{name}": value for name, value in seconds.items()}, groups
-
-    def context(self, step: int, seed: int) -> Context:
-        """What the method's hooks may use in this step."""
-        config = self.config
-        return Context(
-            step=step,
-            task=self.task,
-            prompts=self.prompts,
-            prompts_per_step=config.prompts_per_step,
-            tokenizer=self.tokenizer,
-            engine=self.engine,
-            sampling=SamplingParams(
-                temperature=config.temperature,
-                max_tokens=config.max_completion_tokens,
-                n=config.samples_per_prompt,
-                seed=seed,
-            ),
-        )
+        seconds |= batch.seconds
+        return values | {f"seconds_{name}": value for name, value in seconds.items()}, batch.groups
 
     def sync(self) -> None:
         """The engine generates with the trainer's weights from here on."""
         if self.config.engine_sleeps:
             self.engine.wake()
-        # Tied weights under both names: an engine may keep them apart.
-        named = self.model.named_parameters(remove_duplicate=False)
-        self.engine.load_weights((name, parameter.detach()) for name, parameter in named)
+        self.engine.load_weights(lora.named_weights(self.model))
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy, on the evaluation prompts."""
+        """Greedy, on the evaluation prompts, with the trainer's weights."""
+        if self.ahead.wait() is not None:
+            self.sync()
         found = evaluate(
             self.engine,
             self.tokenizer,
@@ -147,11 +164,18 @@ class Trainer:
             "eval_length": found.length,
             "eval_finished": found.finished,
             "eval_unscored": float(found.unscored),
+            **{f"eval_reward/{tag}": part.reward for tag, part in found.tasks.items()},
         }
 
     def save(self, step: int) -> None:
         """Writes a checkpoint of the state after `step`."""
-        progress = checkpoint.Progress(step=step, method_state=self.method.state_dict())
+        pending = self.ahead.wait()
+        progress = checkpoint.Progress(
+            step=step,
+            method_state=self.method.state_dict(),
+            position=self.position,
+            pending=None if pending is None else pending.to_values(),
+        )
         checkpoint.save(
             Path(self.config.run_folder),
             progress,
@@ -160,44 +184,27 @@ class Trainer:
             keep=self.config.keep_checkpoints,
         )
 
+    def close(self) -> None:
+        """Ends what the engine has started."""
+        self.ahead.close()
+        self.engine.close()
+
     def export(self) -> Path:
         """Writes `run_folder/model` in the config's `precision`."""
         folder = Path(self.config.run_folder)
         return checkpoint.export(folder, self.model, self.tokenizer, DTYPES[self.config.precision])
 
 
-def reseed(seed: int, step: int) -> int:
-    """Seeds every random generator from both numbers; gives the seed of the step's sampling."""
-    mixed = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def reseed(seed: int, step: int) -> None:
+    """Seeds every random generator of this process from both numbers."""
+    mixed = sampling_seed(seed, step)
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
-    return mixed
 
 
-def rollout_metrics(groups: Groups) -> dict[str, float]:
-    """Means over the step's rollouts; rewards over those that somebody could score."""
-    flat = [rollout for group in groups for rollout in group]
-    rewards = [rollout.reward for rollout in flat if rollout.reward is not None]
-    return {
-        "reward": fmean(rewards) if rewards else float("nan"),
-        "unscored": float(len(flat) - len(rewards)),
-        "sequences": float(len(flat)),
-        "length": fmean(len(rollout.completion_ids) for rollout in flat),
-        "finished": fmean(rollout.finished for rollout in flat),
-        "groups_with_signal": fmean(
-            not all(rollout.zero_advantage for rollout in group) for group in groups
-        ),
-    }
-
-
-def _on(place: str, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = models.load(path, dtype=torch.float32)
+def _on(
+    place: str, path: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = models.load(path, dtype=dtype)
     return torch.nn.Module.to(model, place), tokenizer
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start

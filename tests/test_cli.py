@@ -24,7 +24,7 @@ def one_thread():
     [
         ("trian tiny", "unknown command trian; the nearest is train"),
         ("train", "train: wanted the name of a config, a TOML file or --resume RUN"),
-        ("train huge", "config: wanted a TOML file or one of addition, tiny, got huge"),
+        ("train huge", "config: wanted a TOML file or one of addition, "),
         ("train no/such.toml", "config: wanted a TOML file or one of"),
         ("train tiny --stpes 3", "unknown config field stpes; the nearest is steps"),
         ("train tiny --steps", "steps: wanted a value after --steps, got nothing"),

@@ -24,6 +24,8 @@ class Context:
 
     step: int
     """From 1."""
+    position: int
+    """Of the next prompt in the endless order of `prompts`."""
     task: Task
     prompts: Prompts
     """All training prompts."""
@@ -57,15 +59,22 @@ class Method:
 
     def select_prompts(self, context: Context) -> list[Prompt]:
         """The prompts of this step."""
-        return context.prompts.batch(context.step, context.prompts_per_step)
+        return context.prompts.take(context.position, context.prompts_per_step)
 
     def rollout(self, context: Context, prompts: Sequence[Prompt]) -> Groups:
-        """One group per prompt, without rewards yet."""
-        completions = context.engine.generate([p.ids for p in prompts], context.sampling)
-        return [
-            [as_rollout(context, prompt, completion) for completion in group]
-            for prompt, group in zip(prompts, completions, strict=True)
-        ]
+        """One group per prompt, of the size that the prompt's example asks for, without rewards
+        yet.
+        """
+        sizes = [prompt.example.samples or context.sampling.n for prompt in prompts]
+        groups: dict[int, list[Rollout]] = {}
+        for size in sorted(set(sizes)):
+            chosen = [i for i, wanted in enumerate(sizes) if wanted == size]
+            found = context.engine.generate(
+                [prompts[i].ids for i in chosen], replace(context.sampling, n=size)
+            )
+            for i, completions in zip(chosen, found, strict=True):
+                groups[i] = [as_rollout(context, prompts[i], each) for each in completions]
+        return [groups[i] for i in range(len(prompts))]
 
     def verify(self, context: Context, groups: Groups) -> Groups:
         """The same groups with a reward in every rollout."""
@@ -75,10 +84,10 @@ class Method:
 
     def advantages(self, groups: Groups) -> Groups:
         """The same groups with an advantage in every rollout; 0 where the reward is None."""
-        flat = [rollout.reward for group in groups for rollout in group]
+        flat = [rollout for group in groups for rollout in group]
         values = group_advantages(
             torch.tensor(
-                [float("nan") if reward is None else reward for reward in flat],
+                [float("nan") if r.reward is None else r.reward - r.penalty for r in flat],
                 dtype=torch.float32,
             ),
             group_offsets(groups),

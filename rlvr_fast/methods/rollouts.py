@@ -1,7 +1,7 @@
 """What a step of training collects: groups of rollouts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 from rlvr_fast.prompts import Prompt
@@ -26,7 +26,9 @@ class Rollout:
     loss_mask: Sequence[int] | None = None
     """One per completion token, 0 where the policy did not write it; None: it wrote all."""
     reward: float | None = None
-    """None: nobody could score it."""
+    """What the verifier said; None: nobody could score it."""
+    penalty: float = 0.0
+    """Taken off the reward before it becomes an advantage: for length, say."""
     advantage: float | Sequence[float] | None = None
     """One number, or one per completion token."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -47,5 +49,17 @@ class Rollout:
         return self.advantage == 0
 
 
-Groups: TypeAlias = list[list[Rollout]]
-"""One list of rollouts for each prompt."""
+def as_values(rollout: Rollout) -> dict[str, Any]:
+    """As JSON values, its prompt as an index; `from_values` inverts it."""
+    values = {each.name: getattr(rollout, each.name) for each in fields(rollout)}
+    return values | {"prompt": rollout.prompt.index}
+
+
+def from_values(values: Mapping[str, Any], prompts: Sequence[Prompt]) -> Rollout:
+    """What `as_values` gave, with the prompt of that index."""
+    return Rollout(**{**values, "prompt": prompts[values["prompt"]]})
+
+
+Group: TypeAlias = list[Rollout]
+"""All rollouts of one prompt."""
+Groups: TypeAlias = list[Group]

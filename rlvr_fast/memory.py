@@ -1,0 +1,139 @@
+"""What a run will need, before it starts; and which field to lower when it was too much."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlvr_fast import attention
+from rlvr_fast.config import Precision, TrainConfig
+from rlvr_fast.devices import DTYPES
+from rlvr_fast.ops.tiled_head import DEFAULT_BUDGET
+from rlvr_fast.packed import Sample, pack
+
+_PROBE = 32  # Tokens of the forward pass that is measured.
+
+KNOBS = {
+    "generate": "samples_per_prompt, prompts_per_step or max_completion_tokens (or the engine's "
+    "own share of the memory, see engine_options)",
+    "update": "tokens_per_microbatch, then logits_budget",
+}
+"""What to lower, by the part of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes on the training device; the engine's cache of keys and values is not in it."""
+
+    weights: int
+    """Of the policy and of a reference."""
+    optimiser: int
+    """Gradients and AdamW's two moments, fp32."""
+    engine: int
+    """Its copy of the weights; 0 if it lives in another process."""
+    activations: int
+    """Kept for the backward pass of the largest micro-batch, by a forward pass of 32 tokens."""
+    logits: int
+    """The op's budget, and what it makes of the head."""
+    available: int
+    """On the device, before all this."""
+
+    @property
+    def total(self) -> int:
+        """Of everything that is needed."""
+        return self.weights + self.optimiser + self.engine + self.activations + self.logits
+
+    def lines(self, config: TrainConfig) -> list[str]:
+        """One for people, and a second where it will not fit."""
+        parts = ("weights", "optimiser", "engine", "activations", "logits")
+        told = ", ".join(f"{name} {getattr(self, name) / 1e9:.2f}" for name in parts)
+        lines = [
+            f"memory, estimated: {told}, in all {self.total / 1e9:.2f} of "
+            f"{self.available / 1e9:.2f} GB"
+        ]
+        if self.total > self.available:
+            lines.append(
+                f"this will hardly fit: lower tokens_per_microbatch, "
+                f"{config.tokens_per_microbatch} (activations), or logits_budget"
+            )
+        return lines
+
+
+def estimate(
+    config: TrainConfig, model: PreTrainedModel, *, prompt_tokens: int, engine_here: bool
+) -> Estimate:
+    """Of a run of this config.
+
+    Args:
+        config: of the run.
+        model: on the training device, as it will be trained.
+        prompt_tokens: of a typical prompt.
+        engine_here: the engine keeps its weights on the same device.
+
+    Cost: a forward pass of 32 tokens.
+    """
+    written = config.samples_per_prompt * config.max_completion_tokens
+    prompts = prompt_tokens * (1 if config.share_prompts else config.samples_per_prompt)
+    tokens = min(config.tokens_per_microbatch, config.prompts_per_step * (prompts + written))
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = attention.head(model).weight.numel()
+    half = config.precision is Precision.BF16
+    budget = config.logits_budget or DEFAULT_BUDGET.get(model.device.type, 2 << 30)
+    copies = 2 if config.kl_coef > 0 and trained == count else 1
+    return Estimate(
+        weights=sum(p.nbytes for p in model.parameters()) * copies,
+        optimiser=12 * trained,
+        engine=DTYPES[config.engine_precision].itemsize * count if engine_here else 0,
+        activations=_per_token(model, half) * tokens + 2 * half * count,
+        logits=budget + 4 * head,
+        available=_available(model.device),
+    )
+
+
+@contextmanager
+def explained(part: str) -> Iterator[None]:
+    """Memory that runs out in the block becomes a MemoryError that names fields to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise MemoryError(f"out of memory in {part}: lower {KNOBS[part]} ({first})") from error
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _per_token(model: PreTrainedModel, half: bool) -> int:
+    """Bytes that autograd keeps for one token, without the weights."""
+    packed = pack([[Sample(prompt_ids=[0] * (_PROBE - 1), completion_ids=[0])]])
+    packed = packed.to(model.device)
+    kept: dict[int, int] = {}
+    weights = {tuple(sorted(p.shape)) for p in model.parameters()}  # and autocast's copies of them
+
+    def keep(x: Tensor) -> Tensor:
+        if tuple(sorted(x.shape)) not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def give(x: Any) -> Any:
+        return x
+
+    autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half)
+    with torch.autograd.graph.saved_tensors_hooks(keep, give), autocast:
+        attention.hidden_states(model, packed)
+    return sum(kept.values()) // _PROBE
+
+
+def _available(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
