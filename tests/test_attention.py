@@ -133,7 +133,7 @@ def test_what_a_neighbour_says_changes_nothing(poisoned):
     model = _model("llama")
     groups = _groups([(5, [6, 4]), (3, [2, 7])])
     watched = groups[0][0]
-    rows = slice(0, len(watched.prompt_ids) + len(watched.completion_ids))
+    rows = slice(0, len(watched.prompt_ids) + len(watched.completion_ids) - 1)
     before = attention.hidden_states(model, pack(groups))[rows]
 
     victim = groups[poisoned][1]
@@ -214,9 +214,9 @@ def test_a_softcap_on_the_attention_is_refused():
 
 def test_a_sliding_window_is_refused_only_where_it_would_slide():
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8))
-    assert attention.hidden_states(model, pack(_groups([(4, [4, 2])]))).shape == (10, 32)
+    assert attention.hidden_states(model, pack(_groups([(4, [5, 2])]))).shape == (9, 32)
     with pytest.raises(ValueError, match="sliding window, 8 tokens, got 9"):
-        attention.hidden_states(model, pack(_groups([(4, [5, 2])])))
+        attention.hidden_states(model, pack(_groups([(4, [6, 2])])))
 
 
 def test_an_empty_pack_is_refused():

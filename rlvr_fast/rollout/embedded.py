@@ -196,7 +196,7 @@ class EmbeddedEngine:
         source = (last - length + 1)[:, None] + torch.arange(int(length.max()))
         cache = KeyValueCache(prompt_of_row, length.to(self._device), max_tokens)
         plan = Prefill(
-            blocks=attention.plan_blocks(packed),
+            blocks=attention.plan_pack(packed),
             source=torch.minimum(source, last[:, None]).to(self._device),
             rows=len(prompts),
             cache=cache,

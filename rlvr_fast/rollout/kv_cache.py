@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlvr_fast.attention import BlockPlan
+from rlvr_fast.attention import Plan
 
 
 class _Layer(NamedTuple):
@@ -119,7 +119,7 @@ class KeyValueCache:
 class Prefill:
     """Attention within the prompts, which leaves their keys and values in a cache."""
 
-    blocks: BlockPlan
+    blocks: Plan
     source: Tensor
     """`[P, width]` int64: the token of the pack at each place of a prompt, surplus ones any."""
     rows: int
