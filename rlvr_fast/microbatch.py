@@ -56,7 +56,7 @@ def model_inputs(group: Group, share_prompts: bool) -> int:
 def _sizes(group: Group, share_prompts: bool) -> tuple[int, list[int]]:
     """Model inputs of what the group has in common, and of what each sample adds."""
     prompts = [list(sample.prompt_ids) for sample in group]
-    completions = [len(sample.completion_ids) for sample in group]
+    completions = [max(len(sample.completion_ids) - 1, 0) for sample in group]
     if share_prompts and all(prompt == prompts[0] for prompt in prompts):
         return len(prompts[0]), completions
     return 0, [len(prompt) + length for prompt, length in zip(prompts, completions, strict=True)]

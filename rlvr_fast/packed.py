@@ -37,7 +37,8 @@ class Packed:
     """One micro-batch: model inputs and the scored tokens within them.
 
     The inputs are *blocks*: a prompt, then its completions, each of which attends to the prompt
-    and to itself only. A block with one completion is an ordinary sequence.
+    and to itself only. A block with one completion is an ordinary sequence. The last token of a
+    completion is none of them: it predicts nothing.
     """
 
     input_ids: Tensor
@@ -92,8 +93,9 @@ def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> P
             length = len(sample.completion_ids)
             if length:
                 hidden_index += [last_of_prompt, *range(len(ids), len(ids) + length - 1)]
-            ids += sample.completion_ids
-            positions += range(len(prompt), len(prompt) + length)
+            # The last one predicts nothing, and nobody else sees it.
+            ids += sample.completion_ids[:-1]
+            positions += range(len(prompt), len(prompt) + length - 1)
             segments.append(len(ids))
         block_offsets.append(len(segments) - 1)
     return Packed(

@@ -59,7 +59,7 @@ def test_a_large_group_is_split_evenly_into_few_pieces():
 def test_a_prompt_that_the_group_does_not_share_counts_for_each_sample():
     mixed = [*group(5, 2), *group(6, 2)]
 
-    assert model_inputs(mixed, True) == model_inputs(mixed, False) == 15
+    assert model_inputs(mixed, True) == model_inputs(mixed, False) == 13
 
 
 def test_a_budget_of_nothing_is_refused():

@@ -104,7 +104,7 @@ def test_dropped_sequences_still_count_in_the_denominators():
     )
 
 
-@pytest.mark.parametrize("budget", [1, 20, 30])
+@pytest.mark.parametrize("budget", [1, 15, 22])
 @pytest.mark.parametrize("name", ["grpo", "reinforce", "gspo"])
 def test_the_microbatch_budget_changes_no_gradient(name, budget):
     whole, cut = optimiser(name), optimiser(name, tokens_per_microbatch=budget)

@@ -18,11 +18,11 @@ GROUPS = [
 
 def test_a_shared_prompt_is_laid_down_once_and_every_completion_continues_from_it():
     packed = pack(GROUPS)
-    assert packed.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
-    assert packed.cu_seqlens.tolist() == [0, 3, 5, 6, 7, 9]
+    assert packed.input_ids.tolist() == [1, 2, 3, 4, 7, 8]  # no completion's last token
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1]
+    assert packed.cu_seqlens.tolist() == [0, 3, 4, 4, 5, 6]
     assert packed.block_offsets.tolist() == [0, 3, 5]
-    assert packed.hidden_index.tolist() == [2, 3, 2, 6, 7]
+    assert packed.hidden_index.tolist() == [2, 3, 2, 4, 5]
     assert packed.scored.targets.tolist() == [4, 5, 6, 8, 9]
     assert packed.scored.weight.tolist() == [0.5, 0.5, 0.25, 0.5, 0.5]
     assert packed.scored.seq_offsets.tolist() == [0, 2, 3, 5]
@@ -31,9 +31,9 @@ def test_a_shared_prompt_is_laid_down_once_and_every_completion_continues_from_i
 
 def test_without_sharing_every_sample_carries_its_prompt():
     packed = pack(GROUPS, share_prompts=False)
-    assert packed.input_ids.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 9]
+    assert packed.input_ids.tolist() == [1, 2, 3, 4, 1, 2, 3, 7, 8]
     assert packed.block_offsets.tolist() == [0, 2, 4, 6]
-    assert packed.hidden_index.tolist() == [2, 3, 7, 9, 10]
+    assert packed.hidden_index.tolist() == [2, 3, 6, 7, 8]
     assert torch.equal(packed.scored.targets, pack(GROUPS).scored.targets)
 
 
@@ -42,7 +42,7 @@ def test_samples_of_a_group_with_different_prompts_are_not_shared():
         Sample(prompt_ids=[1, 2], completion_ids=[3]),
         Sample(prompt_ids=[1, 4], completion_ids=[5]),
     ]
-    assert pack([group]).input_ids.tolist() == [1, 2, 3, 1, 4, 5]
+    assert pack([group]).input_ids.tolist() == [1, 2, 1, 4]
 
 
 def test_an_unscorable_reward_becomes_nan_and_none_at_all_stays_none():
