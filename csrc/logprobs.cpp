@@ -56,8 +56,11 @@ void row_gradient(const T* row, Out* out, std::int64_t vocab_size, std::int64_t 
     return;
   }
   alignas(64) float u[kBlock<T>];
-  read_block(row + target, 1, transform, u);
-  const Out at_target = from_float<Out>(target_gradient(u[0], transform, c));
+  Out at_target{};
+  if (target >= 0) {
+    read_block(row + target, 1, transform, u);
+    at_target = from_float<Out>(target_gradient(u[0], transform, c));
+  }
   const Exponent probability = exponent(transform, log_sum * kLog2E);
   const Slope bits = slope(c, transform.scale, probability.shift - log_sum * kLog2E);
   const auto block_fn = transform.cap > 0.0f ? gradient_block<true> : gradient_block<false>;
@@ -71,7 +74,7 @@ void row_gradient(const T* row, Out* out, std::int64_t vocab_size, std::int64_t 
       write_block(u, size, out + start);
     }
   }
-  out[target] = at_target;
+  if (target >= 0) out[target] = at_target;
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ void logprobs_fwd(Rows<const T> logits, const std::int64_t* targets, Transform t
                   RowStats stats, int threads);
 
 // `out` may be `logits` itself, or the front of the same rows in a narrower dtype. `dentropy` may
-// be null.
+// be null. A target of -1 is in another slice of the vocabulary.
 template <class T, class Out>
 void logprobs_bwd(Rows<const T> logits, const std::int64_t* targets, Transform transform,
                   RowStats stats, const float* dlogp, const float* dentropy, Rows<Out> out,

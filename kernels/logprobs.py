@@ -198,7 +198,7 @@ def logprobs_fwd_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "vocab_size"])
 def logprobs_bwd_kernel(
     logits_ptr,  # [T, V]
-    targets_ptr,  # [T]
+    targets_ptr,  # [T]; -1 is in another slice of the vocabulary
     stats_ptr,  # [4, T]
     dlogp_ptr,  # [T]
     dentropy_ptr,  # [T] or None

@@ -26,8 +26,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlvr_fast import config as configs
-from rlvr_fast import lora
+from rlvr_fast import lora, parallel
 from rlvr_fast.config import TrainConfig
+from rlvr_fast.parallel import ALONE, World
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -52,12 +53,17 @@ def save(
     adamw: torch.optim.Optimizer,
     *,
     keep: int,
+    world: World = ALONE,
 ) -> Path:
-    """Writes `checkpoints/step-N` and deletes all but the newest `keep`."""
+    """Writes `checkpoints/step-N` and deletes all but the newest `keep`; all ranks call it."""
     folder = run_folder / "checkpoints" / f"step-{progress.step:06d}"
+    weights = parallel.for_leader(world, _weights(model))
+    state_of_adamw = parallel.for_leader(world, _optimiser_tensors(adamw).items())
+    if not world.leads:
+        return folder
     with _appearing(folder) as scratch:
-        save_file(dict(_weights(model)), scratch / "model.safetensors")
-        save_file(_optimiser_tensors(adamw), scratch / "optimizer.safetensors")
+        save_file(weights, scratch / "model.safetensors")
+        save_file(state_of_adamw, scratch / "optimizer.safetensors")
         save_file(_torch_rng(), scratch / "rng.safetensors")
         state = {
             "step": progress.step,
@@ -94,7 +100,7 @@ def restore(folder: Path, model: PreTrainedModel, adamw: torch.optim.Optimizer) 
     if {name: x.shape for name, x in saved.items()} != {n: x.shape for n, x in wanted.items()}:
         raise ValueError(f"checkpoint {folder}: wanted the tensors of this model, got others")
     for name, tensor in wanted.items():
-        tensor.copy_(saved[name])
+        tensor.copy_(parallel.like(saved[name], tensor))
     _restore_optimiser(adamw, load_file(folder / "optimizer.safetensors"))
     state = json.loads((folder / "state.json").read_text())
     version, internal, gauss = state["python_rng"]
@@ -112,16 +118,20 @@ def export(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
+    *,
+    world: World = ALONE,
 ) -> Path:
     """Writes `model/`, an ordinary Hugging Face folder with weights in `dtype`.
 
     Adapters are merged there, and written by themselves to `adapter/`, in peft's format and fp32.
     """
     folder = run_folder / "model"
+    # Tied weights appear once, under the name that owns them; from_pretrained ties them again.
+    named = parallel.for_leader(world, lora.named_weights(model, every_name=False))
+    if not world.leads:
+        return folder
     with _appearing(folder) as scratch:
-        # Tied weights appear once, under the name that owns them; from_pretrained ties them again.
-        named = lora.named_weights(model, every_name=False)
-        weights = {name: tensor.to("cpu", dtype) for name, tensor in named}
+        weights = {name: tensor.to("cpu", dtype) for name, tensor in named.items()}
         model.save_pretrained(scratch, state_dict=weights)
         tokenizer.save_pretrained(scratch)
         # save_pretrained writes the dtype of the model itself.
@@ -233,9 +243,10 @@ def _optimiser_tensors(adamw: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _restore_optimiser(adamw: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in adamw.param_groups for p in group["params"]]
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
+        state.setdefault(int(index), {})[name] = parallel.like(tensor, parameters[int(index)])
     adamw.load_state_dict({**adamw.state_dict(), "state": state})
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlvr_fast.config import Overlong, TrainConfig
 from rlvr_fast.methods.base import Context, Method
 from rlvr_fast.methods.rollouts import Group, Groups, Rollout, as_values, from_values
+from rlvr_fast.parallel import ALONE, World, everybodys
 from rlvr_fast.prompts import Prompts
 from rlvr_fast.rollout import Engine, SamplingParams
 from rlvr_fast.tasks import Task
@@ -84,9 +85,12 @@ class Collector:
         prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase,
         engine: Engine,
+        *,
+        world: World = ALONE,
     ) -> None:
         self._config, self._method, self._task = config, method, task
         self._prompts, self._tokenizer, self._engine = prompts, tokenizer, engine
+        self._world = world
 
     def batch(self, step: int, position: int) -> Batch:
         """The batch of a step (from 1), with prompts from `position` on.
@@ -128,15 +132,18 @@ class Collector:
                 temperature=config.temperature,
                 max_tokens=config.max_completion_tokens,
                 n=config.samples_per_prompt,
-                seed=sampling_seed(config.seed, step, round_),
+                seed=sampling_seed(config.seed, step, round_, self._world.rank),
             ),
         )
 
     def _collected(self, context: Context, seconds: dict[str, float]) -> Groups:
         with timed(seconds, "generate"):
-            groups = self._method.rollout(context, self._method.select_prompts(context))
+            prompts = self._world.share(self._method.select_prompts(context))
+            groups = self._method.rollout(context, prompts) if prompts else []
         with timed(seconds, "verify"):
-            groups = self._method.verify(context, groups)
+            groups = self._method.verify(context, groups) if groups else []
+            # From here on all ranks have the same batch, and do the same with it.
+            groups = everybodys(self._world, groups, self._prompts)
             groups = [[self._cut_off(rollout) for rollout in group] for group in groups]
             return self._method.advantages(groups)
 

@@ -64,7 +64,7 @@ def make_engine(
         ImportError: for vllm where it is not installed.
     """
     name = chosen(name, device)
-    own = options.build(f"option of engine {name}", KINDS[name], settings)
+    own: object = options.build(f"option of engine {name}", KINDS[name], settings)
     match own:
         case EmbeddedOptions():
             return EmbeddedEngine(
@@ -78,6 +78,8 @@ def make_engine(
             from rlvr_fast.rollout.vllm_server import VLLMServerEngine
 
             return VLLMServerEngine(model, dtype=dtype, device=device, options=own)
-    from rlvr_fast.rollout.vllm import VLLMEngine
+        case VLLMOptions():
+            from rlvr_fast.rollout.vllm import VLLMEngine
 
-    return VLLMEngine(model, dtype=dtype, device=device, options=own)
+            return VLLMEngine(model, dtype=dtype, device=device, options=own)
+    raise AssertionError(own)

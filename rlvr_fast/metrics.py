@@ -94,6 +94,23 @@ class RunLog:
         self._texts.flush()
 
 
+class Silence(RunLog):
+    """The log of a rank that does not lead: nothing comes of what it is told."""
+
+    def __init__(self) -> None:
+        """Opens no file."""
+
+    def __exit__(self, *of_error: object) -> None: ...
+
+    def doing(self, what: str) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def write_completions(self, step: int, groups: "Groups") -> None: ...
+
+
 def read(folder: Path) -> list[Row]:
     """The lines of a run's `metrics.jsonl`, without one that a killed process left half written.
 

@@ -10,8 +10,9 @@ right again, for each token or for a sequence as a whole. Unbounded it would hav
 it is truncated at a cap, or masked outside of two bounds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -73,8 +74,16 @@ class Corrected(Objective):
         return torch.where(within, ratio, torch.zeros_like(ratio))
 
 
+Together: TypeAlias = Callable[[Tensor], Tensor]
+"""From one rank's values `[n]` to those of all."""
+
+
 def mismatch(
-    packs: Sequence[Packed], logps: Sequence[Tensor], corrected: Corrected | None = None
+    packs: Sequence[Packed],
+    logps: Sequence[Tensor],
+    corrected: Corrected | None = None,
+    *,
+    together: Together = torch.clone,
 ) -> dict[str, float]:
     """How far the sampler's log-probabilities are from the trainer's, over all unmasked tokens.
 
@@ -82,6 +91,7 @@ def mismatch(
         packs: with or without `rollout_logp`; without, the result is empty.
         logps: `[T]` each, nats, under the weights at the start of the update.
         corrected: adds what it does to the ratios.
+        together: of the ranks that each have some of the packs; alone nothing to do.
 
     Returns:
         `mismatch_mean` and `_max` of the absolute difference, nats; `_kl`, the k3 estimate of
@@ -100,9 +110,11 @@ def mismatch(
         if corrected is not None:
             ratio = corrected.ratio(_view(packed, logp))
             changed.append((corrected.factor(ratio) != ratio)[kept])
-    if not sum(map(len, gaps)):
+    if not gaps:
         return {}
-    gap = torch.cat(gaps).double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    gap = together(torch.cat(gaps)).double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if not len(gap):
+        return {}
     ratio = gap.exp()
     found = {
         "mean": gap.abs().mean(),
@@ -113,7 +125,7 @@ def mismatch(
     }
     if corrected is not None:
         name = "masked" if corrected.correction.masks else "capped"
-        found[name] = torch.cat(changed).double().mean()
+        found[name] = together(torch.cat(changed).double()).mean()
     values = torch.stack(list(found.values())).tolist()
     return {f"mismatch_{name}": value for name, value in zip(found, values, strict=True)}
 

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlvr_fast import attention, lora
+from rlvr_fast import attention, lora, parallel
 from rlvr_fast.config import Precision, Schedule, TrainConfig
 from rlvr_fast.devices import DTYPES
 from rlvr_fast.methods.base import BatchShape, Method, group_offsets
 from rlvr_fast.methods.rollouts import Groups
-from rlvr_fast.microbatch import microbatches
-from rlvr_fast.mismatch import Corrected, MismatchCorrection, mismatch
+from rlvr_fast.microbatch import microbatches, model_inputs
+from rlvr_fast.mismatch import Corrected, MismatchCorrection, Together, mismatch
 from rlvr_fast.objectives import KL3, MAX_LOG_RATIO, EntropyBonus, Objective
 from rlvr_fast.ops.linear_logprobs import linear_logprobs
 from rlvr_fast.ops.loss_metrics import LossMetrics
 from rlvr_fast.ops.policy_loss import PolicyLossOutput, policy_loss
 from rlvr_fast.packed import Packed, Sample, pack
+from rlvr_fast.parallel import ALONE, World
 from rlvr_fast.tracing.level import Level, level
 from rlvr_fast.tracing.vanishing import vanishes
 
@@ -45,6 +46,7 @@ class Optimiser:
         reference: PreTrainedModel | None = None,
         *,
         vocab_size: int,
+        world: World = ALONE,
     ) -> None:
         """Prepares for updates of `model`.
 
@@ -55,6 +57,7 @@ class Optimiser:
                 the model has adapters: then it is its own reference.
             vocab_size: the tokenizer's. An embedding may have more rows; engines never sample
                 those, so the policy is the softmax over the others.
+            world: whose ranks each pass their share of a batch that all of them have.
 
         Raises:
             ValueError: for settings that do not go together.
@@ -63,7 +66,8 @@ class Optimiser:
         self._vocab_size = vocab_size
         if reference is None and config.kl_coef > 0 and lora.adapted(model):
             reference = model
-        self.model, self._reference = model, reference
+        self.model, self._reference, self._world = model, reference, world
+        self._pass = parallel.passing(model, self._loss)
         self._corrected = _corrected(method.objective(), config)
         self.objective = _penalised(self._corrected or method.objective(), config)
         self._level = level(self.objective)
@@ -98,14 +102,17 @@ class Optimiser:
             passed = [self.backward(packed) for packed in packs]
             if update == 0:
                 logps = [each.logp for each in passed]
-                read |= mismatch(packs, logps, self._corrected) | reference_kl(packs, logps)
+                together = self._world.end_to_end
+                read |= mismatch(packs, logps, self._corrected, together=together)
+                read |= reference_kl(packs, logps, together=together)
                 packs = [
                     replace(packed, scored=replace(packed.scored, old_logp=logp))
                     for packed, logp in zip(packs, logps, strict=True)
                 ]
             read["grad_norm"] = self.apply()
-        read["loss"] = float(torch.stack([each.loss for each in passed]).sum())
-        return read | LossMetrics.merge([each.metrics for each in passed]).read()
+        losses = torch.stack([each.loss for each in passed])
+        read["loss"] = float(self._world.end_to_end(losses).sum())
+        return read | self._world.merged([each.metrics for each in passed]).read()
 
     def samples(self, groups: Groups) -> list[list[Sample]]:
         """What has a gradient, with token weights from the shape of the whole batch."""
@@ -136,24 +143,32 @@ class Optimiser:
         ]
 
     def packs(self, samples: Sequence[Sequence[Sample]]) -> list[Packed]:
-        """The microbatches of a batch, on the model's device."""
+        """The microbatches of this rank's share of a batch, on the model's device.
+
+        A rank that has fewer than it has to make gets passes of weight 0.
+        """
         share = self._config.share_prompts
         kept = [group for group in samples if group]
+        if not kept:
+            return []
         if self._level is Level.BATCH:
-            cut = [kept] if kept else []
+            cut = self._world.balanced([kept], [1])
         else:
             cut = microbatches(
-                kept,
+                self._world.balanced(kept, [model_inputs(group, share) for group in kept]),
                 self._config.tokens_per_microbatch,
                 share_prompts=share,
                 split_groups=self._level is not Level.GROUP,
             )
+        shortest = min((s for group in kept for s in group), key=lambda s: len(s.completion_ids))
+        idle: list[Sequence[Sample]] = [[replace(shortest, token_weight=0.0)]]
+        cut = parallel.padded(self._world, self.model, cut, idle)
         return [pack(groups, share_prompts=share).to(self.model.device) for groups in cut]
 
     def backward(self, packed: Packed) -> Microbatch:
         """Adds the microbatch's gradient to every parameter."""
         with self._autocast():
-            found = self._loss(packed)
+            found = self._pass(packed)
         found.loss.backward()
         return Microbatch(found.loss.detach(), found.logp, found.metrics)
 
@@ -163,9 +178,10 @@ class Optimiser:
         Raises:
             FloatingPointError: for a norm that is not finite; the weights are untouched.
         """
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm)
-        )
+        parallel.sum_gradients(self._world, self.model.parameters())
+        limit = self._config.max_grad_norm
+        total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = float(parallel.whole(total))
         if not math.isfinite(norm):
             raise FloatingPointError(f"gradient norm: wanted a finite number, got {norm}")
         self.adamw.step()
@@ -239,16 +255,20 @@ def learning_rate(config: TrainConfig, step: int) -> float:
             return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def reference_kl(packs: Sequence[Packed], logps: Sequence[Tensor]) -> dict[str, float]:
+def reference_kl(
+    packs: Sequence[Packed], logps: Sequence[Tensor], *, together: Together = torch.clone
+) -> dict[str, float]:
     """The k3 estimate of KL(policy || reference), nats per token; empty without a reference."""
     gaps = []
     for packed, logp in zip(packs, logps, strict=True):
         if packed.scored.ref_logp is None:
             return {}
         gaps.append((packed.scored.ref_logp - logp)[packed.scored.weight != 0])
-    if not sum(map(len, gaps)):
+    if not gaps:
         return {}
-    gap = torch.cat(gaps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    gap = together(torch.cat(gaps)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if not len(gap):
+        return {}
     return {"ref_kl": float((gap.expm1() - gap).mean())}
 
 

@@ -1,15 +1,16 @@
 """A whole training run in its folder: started, resumed, summed up."""
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from rlvr_fast import checkpoint, metrics, trackers
+from rlvr_fast import checkpoint, metrics, parallel, trackers
 from rlvr_fast import config as configs
 from rlvr_fast.config import FREE_ON_RESUME, TrainConfig
-from rlvr_fast.metrics import RunLog
+from rlvr_fast.devices import device
+from rlvr_fast.metrics import RunLog, Silence
 from rlvr_fast.tasks import load_task
 from rlvr_fast.trackers import TrackedRun
 from rlvr_fast.trainer import Trainer
@@ -52,16 +53,23 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with (
+        parallel.join(device(config.device)) as world,
         closing(load_task(config.task, config.task_options)) as task,
-        closing(Trainer(config, task)) as trainer,
-        checkpoint.hold(folder),
+        closing(Trainer(config, task, world)) as trainer,
+        checkpoint.hold(folder) if world.leads else nullcontext(),
     ):
-        checkpoint.write_config(folder, config)
+        if world.leads:
+            checkpoint.write_config(folder, config)
+        world.barrier()  # Nobody looks for checkpoints before the leader has cleared up.
         done = trainer.restore() if resume else 0
-        tracked = TrackedRun(folder=folder, values=configs.to_values(config), step=done)
-        with RunLog(config, step=done, trackers=trackers.start(wanted, tracked)) as log:
+        log: RunLog = Silence()
+        if world.leads:
+            tracked = TrackedRun(folder=folder, values=configs.to_values(config), step=done)
+            log = RunLog(config, step=done, trackers=trackers.start(wanted, tracked))
+        with log:
             trainer.run(done, log)
         trainer.export()
+        world.barrier()  # The summary is read from what the leader has written.
     return summary(folder, trainer.evaluated_on)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlvr_fast import checkpoint, lora, memory, models
+from rlvr_fast import checkpoint, lora, memory, models, parallel
 from rlvr_fast.ahead import Ahead
 from rlvr_fast.collect import Batch, Collector, sampling_seed, timed
 from rlvr_fast.config import EngineName, TrainConfig
@@ -19,6 +19,7 @@ from rlvr_fast.methods import method
 from rlvr_fast.methods.rollouts import Groups
 from rlvr_fast.metrics import RunLog
 from rlvr_fast.optimise import Optimiser
+from rlvr_fast.parallel import Shared, World
 from rlvr_fast.prompts import Prompts
 from rlvr_fast.rollout import SamplingParams
 from rlvr_fast.tasks import Task
@@ -27,8 +28,8 @@ from rlvr_fast.tasks import Task
 class Trainer:
     """Everything that lives as long as a run."""
 
-    def __init__(self, config: TrainConfig, task: Task) -> None:
-        """Loads the model and builds an engine with the same weights."""
+    def __init__(self, config: TrainConfig, task: Task, world: World | None = None) -> None:
+        """Loads the model and builds an engine with the same weights; without a world, alone."""
         self.config, self.task = config, task
         self.method = method(config.method, config.method_options)
         if self.method.on_policy_only and config.updates_per_batch > 1:
@@ -36,7 +37,8 @@ class Trainer:
                 f"updates_per_batch: wanted 1 for method {config.method}, which has no importance "
                 f"ratio, got {config.updates_per_batch}"
             )
-        place = device(config.device)
+        self.world = world or World(device=device(config.device))
+        place = self.world.device
         if place == "cpu":
             keep_freed_memory()
         path = models.resolve(config.model)
@@ -54,11 +56,18 @@ class Trainer:
             )
         elif config.kl_coef > 0:
             reference = _on(place, path, torch.float32)[0].requires_grad_(False)
+        if config.split_weights:
+            parallel.split(self.model, self.world)
         self.optimiser = Optimiser(
-            config, self.method, self.model, reference, vocab_size=len(self.tokenizer)
+            config,
+            self.method,
+            self.model,
+            reference,
+            vocab_size=len(self.tokenizer),
+            world=self.world,
         )
         self.engine = make_engine(
-            config.engine,
+            _engine(config, self.world),
             path,
             config.engine_options,
             dtype=DTYPES[config.engine_precision],
@@ -69,7 +78,15 @@ class Trainer:
         self.prompts = encoded(task.train, seed=config.seed, weights=task.weights)
         self.evaluation = encoded(task.evaluation[: config.eval_prompts])
         self.ahead = Ahead(
-            Collector(config, self.method, task, self.prompts, self.tokenizer, self.engine).batch
+            Collector(
+                config,
+                self.method,
+                task,
+                self.prompts,
+                self.tokenizer,
+                self.engine,
+                world=self.world,
+            ).batch
         )
         self.position = 0
         """Of the next batch in the endless order of prompts."""
@@ -91,14 +108,15 @@ class Trainer:
     def run(self, done: int, log: RunLog) -> None:
         """All steps after `done`, with evaluation, log and checkpoints where they are due."""
         config = self.config
-        needed = memory.estimate(
-            config,
-            self.model,
-            prompt_tokens=len(self.prompts[0].ids),
-            engine_here=config.engine is not EngineName.VLLM_SERVER,
-        )
-        for line in needed.lines(config):
-            log.say(line)
+        if not parallel.is_split(self.model):
+            needed = memory.estimate(
+                config,
+                self.model,
+                prompt_tokens=len(self.prompts[0].ids),
+                engine_here=config.engine is not EngineName.VLLM_SERVER,
+            )
+            for line in needed.lines(config):
+                log.say(line)
         self.sync()
         if done == 0:
             log.doing("evaluate")
@@ -146,14 +164,15 @@ class Trainer:
         """The engine generates with the trainer's weights from here on."""
         if self.config.engine_sleeps:
             self.engine.wake()
-        self.engine.load_weights(lora.named_weights(self.model))
+        named = lora.named_weights(self.model)
+        self.engine.load_weights((name, parallel.whole(tensor)) for name, tensor in named)
 
     def evaluate(self) -> dict[str, float]:
         """Greedy, on the evaluation prompts, with the trainer's weights."""
         if self.ahead.wait() is not None:
             self.sync()
         found = evaluate(
-            self.engine,
+            self.engine if self.world.size == 1 else Shared(self.engine, self.world),
             self.tokenizer,
             self.task,
             list(self.evaluation),
@@ -182,6 +201,7 @@ class Trainer:
             self.model,
             self.optimiser.adamw,
             keep=self.config.keep_checkpoints,
+            world=self.world,
         )
 
     def close(self) -> None:
@@ -192,7 +212,17 @@ class Trainer:
     def export(self) -> Path:
         """Writes `run_folder/model` in the config's `precision`."""
         folder = Path(self.config.run_folder)
-        return checkpoint.export(folder, self.model, self.tokenizer, DTYPES[self.config.precision])
+        dtype = DTYPES[self.config.precision]
+        return checkpoint.export(folder, self.model, self.tokenizer, dtype, world=self.world)
+
+
+def _engine(config: TrainConfig, world: World) -> EngineName:
+    """Which engine; under torchrun each rank generates in process, with transformers."""
+    if world.size == 1:
+        return config.engine
+    if config.engine not in (EngineName.AUTO, EngineName.EMBEDDED):
+        raise ValueError(f"engine: wanted embedded under torchrun, got {config.engine}")
+    return EngineName.EMBEDDED
 
 
 def reseed(seed: int, step: int) -> None:

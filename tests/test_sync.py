@@ -1,6 +1,7 @@
 """`policy_loss` on a GPU never waits for it: audited without one, and shown with one."""
 
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from rlvr_fast.objectives import (
     Objective,
     SequenceClippedSurrogate,
 )
-from rlvr_fast.ops import policy_rows
+from rlvr_fast.ops import policy_rows, vocab_shard
 from rlvr_fast.ops.policy_loss import policy_loss
 from rlvr_fast.scored import ScoredTokens
 from rlvr_fast.tracing.trace import trace
@@ -100,8 +101,13 @@ def batch(device: str, rewards: bool = False) -> tuple[Tensor, Tensor, ScoredTok
     return hidden, weight, tokens
 
 
-def step(hidden: Tensor, weight: Tensor, tokens: ScoredTokens, objective: Objective) -> Tensor:
-    loss = policy_loss(hidden, weight, tokens, objective, logits_budget=5 * VOCAB * 4).loss
+def step(
+    hidden: Tensor, weight: Tensor, tokens: ScoredTokens, objective: Objective, group: Any = None
+) -> Tensor:
+    budget = 5 * VOCAB * 4
+    loss = policy_loss(
+        hidden, weight, tokens, objective, logits_budget=budget, vocab_group=group
+    ).loss
     loss.backward()
     return loss
 
@@ -167,3 +173,26 @@ def test_a_step_replays_from_a_cuda_graph():
     loss = step(hidden, weight, tokens, OBJECTIVES[0])
     eager = [loss, hidden.grad, weight.grad]
     torch.testing.assert_close(replayed, eager, rtol=2e-2, atol=1e-4)  # another GEMM, perhaps
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["token", "sequence"])
+def test_slices_of_the_vocabulary_wait_in_the_first_call_only(device, monkeypatch, objective):
+    class Group:
+        """Of two ranks with as many rows; what the other one says does not matter to shapes."""
+
+    inputs, group, met = batch("meta"), Group(), []
+    for name, answer in (("get_rank", 0), ("get_world_size", 2), ("all_gather", None)):
+        monkeypatch.setattr(torch.distributed, name, lambda *a, answer=answer, **k: answer)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group: None)
+
+    def meet(*arguments):
+        met.append(arguments)
+        return torch.empty(3, dtype=torch.int64, device="meta"), (0, VOCAB, 2 * VOCAB), 5
+
+    monkeypatch.setattr(vocab_shard, "_met", meet)
+
+    for _ in range(2):
+        step(*inputs, objective, group)
+
+    assert len(met) == 1
+    assert device.waits == []

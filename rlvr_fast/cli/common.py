@@ -1,6 +1,7 @@
 """What the commands share: printing, parsing, help, and a model that is there."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,7 +10,9 @@ from rlvr_fast import options
 
 
 def say(text: str, *, to: Any = None) -> None:
-    """The only place that prints."""
+    """The only place that prints. Under torchrun one process talks; all of them complain."""
+    if to is None and os.environ.get("RANK", "0") != "0":
+        return
     print(text, file=to or sys.stdout, flush=True)
 
 

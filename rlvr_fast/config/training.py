@@ -144,6 +144,9 @@ class TrainConfig:
     """Completions per step that are written to completions.jsonl."""
     trackers: str = "tensorboard"
     """Where numbers also go: tensorboard, wandb, trackio, separated by commas; or none."""
+    split_weights: bool = False
+    """Under torchrun: each rank holds a part of the weights, gradients and AdamW's state (FSDP2)
+    instead of all of them; slower where they fit, changes no gradient."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
     threads: int | None = None
@@ -175,6 +178,8 @@ class TrainConfig:
         check_bounds(self.mismatch_floor, self.mismatch_cap)
         narrow = self.head_precision is Precision.BF16 and self.precision is not Precision.BF16
         check(self, "head_precision", not narrow, "fp32 or none with precision fp32")
+        whole = not (self.split_weights and self.lora_rank)
+        check(self, "split_weights", whole, "false with lora_rank, whose model is not trained")
         check_device(self)
         trackers.names(self.trackers)
 
@@ -220,6 +225,7 @@ FREE_ON_RESUME = frozenset(
         "share_prompts",
         "engine_sleeps",
         "logits_budget",
+        "split_weights",
         "device",
         "threads",
     }

@@ -158,6 +158,7 @@ def reference_grad(
 
     Args:
         logits: `[T, V]` as in the forward pass.
+        targets: `[T]` int64; -1 where the target is in another slice of the vocabulary.
         stats: `[4, T]` from the forward pass.
         dlogp: `[T]` d(loss)/d(logp).
         dentropy: `[T]` d(loss)/d(entropy), or None for zeros.
@@ -176,7 +177,8 @@ def reference_grad(
     at_target = -torch.expm1(logp) * dlogp[:, None]
     if dentropy is not None:
         at_target = at_target - logp.exp() * dentropy[:, None] * (logp + entropy)
-    dz = dz.scatter(-1, targets[:, None], at_target)
+    here = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    dz = torch.where(here, at_target, dz)
     slope = scale * (1 - (z / cap) ** 2) if cap else scale
     out.copy_(dz * slope)
 

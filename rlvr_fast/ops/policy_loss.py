@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlvr_fast.ops import logprobs as row_op
@@ -15,6 +16,7 @@ from rlvr_fast.ops.row_results import RowResults, SkippedRows
 from rlvr_fast.ops.single_pass import single_pass
 from rlvr_fast.ops.tiled_head import head_settings
 from rlvr_fast.ops.transform import LogitTransform
+from rlvr_fast.ops.vocab_shard import vocab_shard
 from rlvr_fast.scored import ScoredTokens
 from rlvr_fast.tracing.level import Level
 from rlvr_fast.tracing.objective import Objective
@@ -57,6 +59,7 @@ def policy_loss(
     batch_invariant: bool = False,
     skip_clipped: bool = False,
     weight_grad: Tensor | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> PolicyLossOutput:
     """Loss of any objective over packed tokens, with gradients to hidden, weight and bias.
 
@@ -96,6 +99,12 @@ def policy_loss(
         weight_grad: `[V, D]` fp32: the gradient of the weight is added to it during this call, and
             autograd gets none, so that micro-batches need no `[V, D]` pass to add theirs up. Only
             for a loss that is differentiated as it is: a factor on it would be lost.
+        vocab_group: `weight` and `bias` are the rows of this rank, in the order of the ranks of
+            this group, which together are the vocabulary; slices may differ in size. All ranks
+            call at the same time, with the same hidden states, tokens and settings. All get the
+            same bits of loss, metrics, logp and entropy, the gradient of their own rows, and the
+            gradient of `hidden` summed over the group. Skipped rows are scored at once, since
+            nobody should wait for other ranks by looking at a result.
 
     Returns:
         `PolicyLossOutput`.
@@ -105,13 +114,15 @@ def policy_loss(
 
     Cost: 6 T D V flops for the rows not skipped (2 for logits, 2 for each of d_hidden and
     d_weight; a frozen operand, or `no_grad`, saves its 2), plus two reads and one write of each
-    logit. No host sync on CUDA without `skip_clipped`.
+    logit. No host sync on CUDA without `skip_clipped`. With `vocab_group` one all-gather of four
+    numbers a row and tile, one all-reduce of d_hidden, and a host sync in the first call.
     """
     if torch.compiler.is_compiling():
         from rlvr_fast.ops import compiled  # which imports dynamo: a second of its own
 
-        if weight_grad is not None:
-            raise ValueError("weight_grad: wanted None inside torch.compile, got a tensor")
+        for name, given in (("weight_grad", weight_grad), ("vocab_group", vocab_group)):
+            if given is not None:
+                raise ValueError(f"{name}: wanted None inside torch.compile, got {type(given)}")
         settings_of_call = {
             "temperature": temperature,
             "softcap": softcap,
@@ -135,7 +146,11 @@ def policy_loss(
         logits_budget=logits_budget,
         batch_invariant=batch_invariant,
     )
-    row_op.check_targets(tokens.targets, len(hidden), len(weight))
+    shard = None
+    if vocab_group is not None:
+        shard, settings = vocab_shard(vocab_group, hidden, weight, settings)
+    vocab_size = len(weight) if shard is None else shard.vocab_size
+    row_op.check_targets(tokens.targets, len(hidden), vocab_size)
     _check_weight_grad(weight_grad, weight)
     call = PolicyCall(
         settings=settings,
@@ -145,6 +160,7 @@ def policy_loss(
         normalisation=normalisation or GroupNormalisation(),
         weight_grad=weight_grad,
         skip_clipped=skip_clipped,
+        shard=shard,
     )
     return _skipping(hidden, weight, bias, call, score_all)
 
@@ -164,7 +180,12 @@ def _skipping(
     # index_select, not indexing: the backward of that adds in an order that threads decide.
     loss, found = single_pass(hidden.index_select(0, index), weight, bias, part)
     rows = found.new_zeros(len(found), len(hidden)).index_copy_(1, index, found)
-    results = RowResults(rows, SkippedRows.of(hidden, weight, bias, call, tokens))
+    skipped = SkippedRows.of(hidden, weight, bias, call, tokens)
+    if call.shard is None:
+        results = RowResults(rows, skipped)
+    else:
+        rows[:2].index_copy_(1, skipped.index, call.score(hidden, weight, bias, skipped.index))
+        results = RowResults(rows)
     if not score_all:
         return _output(loss, found, part.tokens, results, skipped=len(hidden) - len(active))
     advantage = advantages(tokens, call.normalisation)

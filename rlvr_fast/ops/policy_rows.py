@@ -14,6 +14,7 @@ from rlvr_fast.ops.group_advantages import GroupNormalisation
 from rlvr_fast.ops.objective_rows import Segmentation, evaluate, sliced, token_fields
 from rlvr_fast.ops.tiled_head import Gradients, HeadSettings, TiledHead, Wanted
 from rlvr_fast.ops.transform import LogitTransform
+from rlvr_fast.ops.vocab_shard import VocabShard
 from rlvr_fast.scored import ScoredTokens
 from rlvr_fast.tracing.level import Level, level
 from rlvr_fast.tracing.objective import Objective
@@ -37,12 +38,15 @@ class PolicyCall:
     """Takes the gradient of the weight, which then does not go through autograd."""
     skip_clipped: bool = False
     """On CUDA too, rows found without a gradient are left out of the gradient GEMMs."""
+    shard: VocabShard | None = None
+    """The weight is a slice of the vocabulary; None: it is all of it."""
 
     def run(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
     ) -> tuple[Tensor, Tensor, Gradients]:
         """The loss; `[4, T]` of logp, entropy, d(loss)/d(logp) and advantage; the gradients."""
-        traced = fusible(self.objective, hidden.device)
+        # The objective needs statistics of the whole row, which other ranks have a part of.
+        traced = None if self.shard is not None else fusible(self.objective, hidden.device)
         run_chunk = TwoSweeps(self) if traced is None else OneKernel(self, traced)
         head = TiledHead(
             hidden,
@@ -59,7 +63,29 @@ class PolicyCall:
         for chunk in self.chunks(head):
             loss += run_chunk(head, chunk, rows)
         run_chunk.finish(head)
-        return loss, rows, head.gradients()
+        gradients = head.gradients()
+        if self.shard is not None and gradients[0] is not None:
+            self.shard.add_up(gradients[0])
+        return loss, rows, gradients
+
+    def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """`[4, t]` of whole rows, see `row_stats`."""
+        if self.shard is not None:
+            return self.shard.row_stats(logits, targets, self.transform)
+        scale, cap = self.transform.scale, self.transform.cap
+        stats: Tensor = row_op.row_stats(logits, targets, scale, cap)
+        return stats
+
+    @torch.no_grad()
+    def score(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+        """`[2, n]` logp and entropy of some rows, by `index [n]` int64, without gradients."""
+        hidden, targets = (x.index_select(0, index) for x in (hidden, self.tokens.targets))
+        head = TiledHead(hidden, weight, bias, self.settings, Wanted(None, None, None))
+        rows = [
+            self.statistics(head.logits(tile), targets[tile])[:2]
+            for tile in head.tiles(slice(0, len(hidden)))
+        ]
+        return torch.cat(rows, 1)
 
     def chunks(self, head: TiledHead) -> Iterator[slice]:
         """Runs of whole segments of at most a tile, or one longer segment."""
@@ -102,7 +128,7 @@ class TwoSweeps:
         tiles, stats = list(head.tiles(chunk)), []
         for tile in tiles:
             logits = head.logits(tile)
-            stats.append(row_op.row_stats(logits, targets[tile], transform.scale, transform.cap))
+            stats.append(self._call.statistics(logits, targets[tile]))
         joined = torch.cat(stats, 1)
         fields = sliced(self._fields, chunk, joined.dtype)
         found = evaluate(self._call.objective, joined, fields, self._cut, chunk)
@@ -113,6 +139,8 @@ class TwoSweeps:
             dlogp, dentropy = found.dlogp[local], found.dentropy
             dentropy = None if dentropy is None else dentropy[local]
             ids, kept = targets[tile], None
+            if self._call.shard is not None:
+                ids = self._call.shard.ids(ids)
             if self._call.skip_clipped or not dlogp.is_cuda:
                 kept = LiveRows(dlogp, dentropy).worth_keeping()
             if kept is not None:
