@@ -29,7 +29,6 @@ def every_behaviour(*, cuda: bool) -> Iterator[tuple[str, Check]]:
     if cuda:
         # On the CPU the check of the targets' range is a branch on data.
         yield "torch.compile: logprobs, one graph", compiled_logprobs
-        yield "torch.compile: linear_logprobs, one graph", compiled_linear
         yield "torch.compile: policy_loss, one graph", compiled_loss
         yield "no host sync: policy_loss, advantages", lambda on: no_sync(on, step(on))
         yield "no host sync: policy_loss, rewards", lambda on: no_sync(on, step(on, rewards=True))
@@ -197,17 +196,6 @@ def compiled_logprobs(on: Where) -> str:
         return (logp + 0.3 * entropy).sum()
 
     return _as_eager(loss, logits)
-
-
-def compiled_linear(on: Where) -> str:
-    hidden, weight = head(on)
-    targets = torch.randint(0, on.vocab_size, (on.rows,), device=on.device)
-
-    def loss(x: Tensor, w: Tensor) -> Tensor:
-        logp, entropy = linear_logprobs(x, w, targets)
-        return (logp + 0.3 * entropy).sum()
-
-    return _as_eager(loss, hidden, weight)
 
 
 def compiled_loss(on: Where) -> str:

@@ -256,6 +256,7 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    found["torch"] = str(torch.__version__)  # also names the CUDA it is for
     return found
 
 

@@ -159,6 +159,9 @@ def _smollm2_135m(staging: Path) -> None:
         ]
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
+    # transformers 5.17 takes the token that begins a text for the one that ends it.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
     tokenizer.save_pretrained(staging)
 
 

@@ -7,11 +7,12 @@ op itself nothing.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from rlvr_fast.ops.loss_metrics import LossMetrics
 from rlvr_fast.scored import ScoredTokens
@@ -37,12 +38,33 @@ _constants: dict[_Constants, int] = {}
 _by_number: list[_Constants] = []
 
 
+def _spelled(value: Any) -> Any:
+    """Dataclasses and tuples as `(class, values)`, numbers as constants.
+
+    torch 2.11 makes no constant of a dataclass, 2.13 one without its fields where it was made
+    inside the compiled function, and both make a variable of a number that was another one before.
+    """
+    if isinstance(value, tuple):
+        return tuple, tuple([_spelled(x) for x in value])
+    if is_dataclass(value):
+        return type(value), tuple([_spelled(getattr(value, f.name)) for f in fields(value)])
+    return guard_scalar(value) if type(value) in (int, float) else value
+
+
+def _built(spelled: Any) -> Any:
+    """The inverse of `_spelled`."""
+    if not isinstance(spelled, tuple):
+        return spelled
+    kind, values = spelled[0], [_built(x) for x in spelled[1]]
+    if kind is tuple:
+        return tuple(values)
+    return kind(**{f.name: x for f, x in zip(fields(kind), values, strict=True)})
+
+
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _number(
-    objective: Objective, names: tuple[str, ...], values: tuple[Any, ...], extras: tuple[str, ...],
-    device: str,
-) -> int:  # fmt: skip
+def _number(spelled: Any, names: tuple[str, ...], extras: tuple[str, ...], device: str) -> int:
     """Runs while torch traces; its result is part of the graph."""
+    objective, *values = _built(spelled)
     # Their results are cached. They trace as well, which inside the op is not possible.
     level(objective), vanishes(objective), trace(objective)
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -64,9 +86,8 @@ def run(
 ) -> tuple[Tensor, Tensor, LossMetrics]:
     """The loss; `[4, T]` with the rows that were skipped scored; the metrics."""
     extras = tuple(tokens.extras)
-    number = _number(
-        objective, tuple(settings), tuple(settings.values()), extras, hidden.device.type
-    )
+    spelled = _spelled((objective, *settings.values()))
+    number = _number(spelled, tuple(settings), extras, hidden.device.type)
     enabled = torch.is_grad_enabled()
     needed = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, rows, metrics, *_ = _policy_loss(

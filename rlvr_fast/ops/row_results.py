@@ -5,9 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlvr_fast.ops import logprobs as row_op
 from rlvr_fast.ops.policy_rows import PolicyCall
-from rlvr_fast.ops.tiled_head import TiledHead, Wanted
 from rlvr_fast.scored import ScoredTokens
 
 
@@ -58,16 +56,7 @@ class SkippedRows:
                 "that before hidden or weight change, got it after; read them (or pass "
                 "score_all=True) before the optimiser's step"
             )
-        nothing = Wanted(None, None, None)
-        hidden = self.hidden.index_select(0, index)
-        targets = self.call.tokens.targets.index_select(0, index)
-        head = TiledHead(hidden, self.weight, self.bias, self.call.settings, nothing)
-        scale, cap = self.call.transform.scale, self.call.transform.cap
-        rows = [
-            row_op.row_stats(head.logits(tile), targets[tile], scale, cap)[:2]
-            for tile in head.tiles(slice(0, len(hidden)))
-        ]
-        return torch.cat(rows, 1)
+        return self.call.score(self.hidden, self.weight, self.bias, index)
 
 
 class RowResults:

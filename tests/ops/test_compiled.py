@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from rlvr_fast import objectives
+from rlvr_fast.ops.group_advantages import GroupNormalisation, Scale
 from rlvr_fast.ops.policy_loss import policy_loss
 from rlvr_fast.scored import ScoredTokens
 
@@ -67,6 +69,48 @@ def test_another_objective_is_not_mistaken_for_the_first():
     for objective in OBJECTIVES.values():
         ours, eager = (f(hidden, weight, scored, objective)[0] for f in (compiled, step))
         torch.testing.assert_close(ours, eager)
+
+
+def test_an_objective_may_be_made_inside():
+    hidden, weight = head()
+    scored = replace(tokens(), old_logp=torch.full((NUM_TOKENS,), -3.0))
+
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        objective = objectives.ClippedSurrogate(clip_high=7.0) + objectives.EntropyBonus(coef=0.5)
+        return policy_loss(hidden, weight, scored, objective).loss
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden, weight), run(hidden, weight))
+
+
+def test_numbers_that_change_are_constants_and_equal_ones_compile_nothing():
+    hidden, weight = head()
+    scored = replace(tokens(), old_logp=torch.full((NUM_TOKENS,), -3.0))
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def run(hidden: Tensor, objective: objectives.Objective, temperature: float) -> Tensor:
+        return policy_loss(hidden, weight, scored, objective, temperature=temperature).loss
+
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for clip, temperature in ((0.1, 0.5), (0.2, 0.6), (0.3, 0.7)):
+        objective = objectives.ClippedSurrogate(clip_high=clip)
+        wanted = run(hidden, objective, temperature)
+        torch.testing.assert_close(compiled(hidden, objective, temperature), wanted)
+        before = counter.frame_count
+        torch.testing.assert_close(compiled(hidden, replace(objective), temperature), wanted)
+        assert counter.frame_count == before
+
+
+def test_the_normalisation_is_heard():
+    hidden, weight = head()
+    scored, normalisation = tokens(), GroupNormalisation(scale=Scale.NONE)
+
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        objective = objectives.PolicyGradient()
+        return policy_loss(hidden, weight, scored, objective, normalisation=normalisation).loss
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden, weight), run(hidden, weight))
 
 
 def test_autocast_around_it_counts():
