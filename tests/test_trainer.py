@@ -40,7 +40,8 @@ def test_the_tiny_model_learns_to_add(tmp_path):
 
 
 def test_a_run_leaves_a_model_metrics_and_completions(tmp_path):
-    config = tiny(tmp_path / "run", steps=3, eval_every=2, log_completions=2, trackers="tensorboard")
+    given = {"steps": 3, "eval_every": 2, "log_completions": 2, "trackers": "tensorboard"}
+    config = tiny(tmp_path / "run", **given)
 
     done = train(config)
 
