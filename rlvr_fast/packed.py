@@ -15,6 +15,10 @@ from rlvr_fast.scored import ScoredTokens
 __all__ = ["Packed", "Sample", "ScoredTokens", "pack"]
 
 
+SHORTEST_PREFIX = 8
+"""Below it the rows spared are not worth the plain causal attention that the others lose."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One completion on its way into a pack; lists hold plain Python numbers."""
@@ -38,7 +42,8 @@ class Packed:
 
     The inputs are *blocks*: a prompt, then its completions, each of which attends to the prompt
     and to itself only. A block with one completion is an ordinary sequence. The last token of a
-    completion is none of them: it predicts nothing.
+    completion is none of them: it predicts nothing. What all prompts begin with may come once,
+    before the first block; every block then attends to it too.
     """
 
     input_ids: Tensor
@@ -48,10 +53,17 @@ class Packed:
     cu_seqlens: Tensor
     """`[K+1]` int64 on the CPU, segment boundaries: each prompt and each completion is one."""
     block_offsets: Tensor
-    """`[B+1]` int64 on the CPU, in segments: which prompt and completions belong together."""
+    """`[B+1]` int64 on the CPU, in segments: which prompt and completions belong together. A
+    segment before the first is what all prompts begin with.
+    """
     hidden_index: Tensor
     """`[T]` int64, the row of the model's output that predicts each scored token."""
     scored: ScoredTokens
+
+    @property
+    def prefix_length(self) -> int:
+        """Model inputs before the first block."""
+        return int(self.cu_seqlens[self.block_offsets[0]])
 
     def to(self, device: torch.device | str) -> "Packed":
         """A copy whose tensors are on `device`; the offsets stay on the CPU."""
@@ -69,8 +81,10 @@ def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> P
 
     Args:
         groups: each group answers one prompt; groups and samples may differ in size and length.
-        share_prompts: a prompt that all samples of a group have in common is laid down once. The
-            gradient is the same; without it every sample carries its own copy.
+        share_prompts: a prompt that all samples of a group have in common is laid down once, and so
+            is a beginning of `SHORTEST_PREFIX` tokens or more that all prompts of several blocks
+            have in common, such as a system message. The gradient is the same; without it every
+            sample carries its own copy.
 
     Returns:
         A `Packed` on the CPU with all completion tokens scored, in the order given.
@@ -79,15 +93,17 @@ def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> P
         ValueError: for an empty prompt, or a list whose length is not its completion's.
     """
     blocks = [block for group in groups for block in _blocks(group, share_prompts)]
-    ids: list[int] = []
-    positions: list[int] = []
+    prefix = _common_prefix(blocks) if share_prompts else []
+    depth = len(prefix)
+    ids, positions = list(prefix), list(range(depth))
     hidden_index: list[int] = []
-    segments, block_offsets = [0], [0]
+    segments = [0, depth] if depth else [0]
+    block_offsets = [len(segments) - 1]
     for block in blocks:
-        prompt = block[0].prompt_ids
+        prompt = block[0].prompt_ids[depth:]
         last_of_prompt = len(ids) + len(prompt) - 1
         ids += prompt
-        positions += range(len(prompt))
+        positions += range(depth, depth + len(prompt))
         segments.append(len(ids))
         for sample in block:
             length = len(sample.completion_ids)
@@ -95,7 +111,7 @@ def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> P
                 hidden_index += [last_of_prompt, *range(len(ids), len(ids) + length - 1)]
             # The last one predicts nothing, and nobody else sees it.
             ids += sample.completion_ids[:-1]
-            positions += range(len(prompt), len(prompt) + length - 1)
+            positions += range(depth + len(prompt), depth + len(prompt) + length - 1)
             segments.append(len(ids))
         block_offsets.append(len(segments) - 1)
     return Packed(
@@ -116,6 +132,18 @@ def _blocks(group: Sequence[Sample], share_prompts: bool) -> list[Sequence[Sampl
     ):
         return [group] if group else []
     return [[sample] for sample in group]
+
+
+def _common_prefix(blocks: Sequence[Sequence[Sample]]) -> Sequence[int]:
+    """What all prompts begin with, but for the last token of the shortest; empty if too short."""
+    prompts = [list(block[0].prompt_ids) for block in blocks]
+    if len(prompts) < 2:
+        return []
+    # The first and last in order differ as early as any two.
+    first, last = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
+    common = next((i for i in range(most) if first[i] != last[i]), most)
+    return first[:common] if common >= SHORTEST_PREFIX else []
 
 
 def _scored(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> ScoredTokens:

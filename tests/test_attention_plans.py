@@ -24,15 +24,18 @@ HEADS = {"grouped": (4, 2), "one key head": (3, 1), "a key head each": (2, 2)}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def pack_of(lengths):
-    """Prompts and their completions by model inputs: of a completion all but its last token."""
+def pack_of(lengths, common=0):
+    """Prompts and their completions by model inputs: of a completion all but its last token.
+
+    Every prompt begins with `common` tokens that all have, on top of its length.
+    """
     return pack(
         [
             [
-                Sample(prompt_ids=[1] * prompt, completion_ids=[2] * (size + 1))
+                Sample(prompt_ids=[0] * common + [n] * prompt, completion_ids=[2] * (size + 1))
                 for size in sizes or [0]
             ]
-            for prompt, sizes in lengths
+            for n, (prompt, sizes) in enumerate(lengths, 3)
         ]
     )
 
@@ -50,7 +53,8 @@ def drawn(packed, heads, dtype=torch.float64, device="cpu", width=16):
 def visible(packed):
     """`[N, N]` bool, row by row as the docstring of `Packed` says it."""
     bounds, position = packed.cu_seqlens.tolist(), packed.position_ids
-    block, segment, is_prompt = [], [], []
+    prefix = bounds[packed.block_offsets[0]]
+    block, segment, is_prompt = [-1] * prefix, [-1] * prefix, [True] * prefix
     for b, (first, last) in enumerate(itertools.pairwise(packed.block_offsets.tolist())):
         for s in range(first, last):
             size = bounds[s + 1] - bounds[s]
@@ -59,6 +63,7 @@ def visible(packed):
             is_prompt += [s == first] * size
     block, segment, is_prompt = (torch.tensor(x) for x in (block, segment, is_prompt))
     related = (block[:, None] == block) & (is_prompt | (segment[:, None] == segment))
+    related |= block == -1
     return related & (position[:, None] >= position)
 
 
@@ -96,8 +101,10 @@ ARRANGEMENTS = {
 @pytest.mark.parametrize("arrange", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_output_and_gradients_are_those_of_the_definition(arrange, heads, lengths):
-    packed = pack_of(lengths)
+@pytest.mark.parametrize("common", [0, 12], ids=["", "common beginning"])
+def test_output_and_gradients_are_those_of_the_definition(arrange, heads, lengths, common):
+    packed = pack_of(lengths, common)
+    assert packed.prefix_length == (common if len(lengths) > 1 else 0)
     inputs, upstream = drawn(packed, heads)
     truth = dense(packed, *inputs)
     wanted = torch.autograd.grad(truth, inputs, upstream)
@@ -114,6 +121,7 @@ def test_output_and_gradients_are_those_of_the_definition(arrange, heads, length
 def test_the_longest_is_a_prompt_with_its_longest_completion(arrange):
     assert arrange(pack_of([(5, [3, 7, 1]), (9, [2, 2]), (4, [6])])).longest == 12
     assert arrange(pack_of([(5, [3]), (11, [])])).longest == 11
+    assert arrange(pack_of([(5, [3, 7]), (11, [])], common=20)).longest == 32
 
 
 def test_a_variable_length_call_copies_no_query():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlvr_fast.packed import Sample, ScoredTokens, pack
+from rlvr_fast.packed import SHORTEST_PREFIX, Sample, ScoredTokens, pack
 
 GROUPS = [
     [
@@ -43,6 +43,32 @@ def test_samples_of_a_group_with_different_prompts_are_not_shared():
         Sample(prompt_ids=[1, 4], completion_ids=[5]),
     ]
     assert pack([group]).input_ids.tolist() == [1, 2, 1, 4]
+
+
+def test_what_all_prompts_begin_with_is_laid_down_once_before_the_first_block():
+    system = list(range(10, 10 + SHORTEST_PREFIX))
+    first = Sample(prompt_ids=[*system, 1], completion_ids=[2, 3])
+    second = Sample(prompt_ids=[*system, 4, 5], completion_ids=[6])
+
+    packed = pack([[first, first], [second]])
+
+    assert packed.prefix_length == 8
+    assert packed.input_ids.tolist() == [*system, 1, 2, 2, 4, 5]
+    assert packed.position_ids.tolist() == [*range(8), 8, 9, 9, 8, 9]
+    assert packed.cu_seqlens.tolist() == [0, 8, 9, 10, 11, 13, 13]
+    assert packed.block_offsets.tolist() == [1, 4, 6]
+    assert packed.hidden_index.tolist() == [8, 9, 8, 10, 12]
+    assert pack([[first, first], [second]], share_prompts=False).prefix_length == 0
+    assert pack([[first, first]]).prefix_length == 0
+
+
+@pytest.mark.parametrize("other", [[1] * 8, [1] * 7 + [2] * 3])
+def test_every_prompt_keeps_a_token_of_its_own_and_short_beginnings_are_not_shared(other):
+    long = Sample(prompt_ids=[1] * 20, completion_ids=[2])
+
+    packed = pack([[long], [Sample(prompt_ids=other, completion_ids=[3])]])
+
+    assert packed.prefix_length == 0
 
 
 def test_an_unscorable_reward_becomes_nan_and_none_at_all_stays_none():

@@ -38,8 +38,11 @@ def model_of(kind):
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
-def groups_of(seed):
-    """One to four groups of one to five samples; lengths from one token, completions from none."""
+def groups_of(seed, common):
+    """Two to five groups of one to five samples; lengths from one token, completions from none.
+
+    All prompts begin with the same `common` tokens.
+    """
     draw = random.Random(seed)
 
     def sample(prompt):
@@ -53,13 +56,15 @@ def groups_of(seed):
             old_logp=[draw.gauss(-4.0, 0.7) for _ in range(length)],
         )
 
+    system = [draw.randrange(VOCABULARY) for _ in range(common)]
     prompts = [
-        [draw.randrange(VOCABULARY) for _ in range(draw.choice([1, 2, draw.randint(3, 12)]))]
+        system
+        + [draw.randrange(VOCABULARY) for _ in range(draw.choice([1, 2, draw.randint(3, 12)]))]
         for _ in range(draw.randint(1, 4))
     ]
     groups = [[sample(prompt) for _ in range(draw.randint(1, 5))] for prompt in prompts]
     rare = [
-        Sample(prompt_ids=[3], completion_ids=[n] * n, advantage=1.0, old_logp=[-4.0] * n)
+        Sample(prompt_ids=[*system, 3], completion_ids=[n] * n, advantage=1.0, old_logp=[-4.0] * n)
         for n in (1, 0, 6)
     ]
     return [*groups, rare]
@@ -101,8 +106,10 @@ def distance(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(3))
-def test_an_update_is_that_of_repeated_prompts_through_stock_attention(kind, seed):
-    groups, plain, model = groups_of(seed), model_of(kind), model_of(kind)
+@pytest.mark.parametrize("common", [0, 15], ids=["", "common beginning"])
+def test_an_update_is_that_of_repeated_prompts_through_stock_attention(kind, seed, common):
+    groups, plain, model = groups_of(seed, common), model_of(kind), model_of(kind)
+    assert pack(groups).prefix_length >= common
     plain.set_attn_implementation("eager")
     samples = [sample for group in groups for sample in group]
     rows, losses = zip(*(stock(plain, sample) for sample in samples), strict=True)

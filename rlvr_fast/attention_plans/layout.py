@@ -24,34 +24,46 @@ class Plan(Protocol):
 
 
 class Stretch(NamedTuple):
-    """Rows `start` to `start + length`; they also see `prompt_length` rows of their prompt."""
+    """Rows `start` to `start + length`; before themselves they see the pack's first `prefix_length`
+    rows and `prompt_length` of their prompt.
+    """
 
     length: int
     prompt_length: int
     start: int
     prompt_start: int
+    prefix_length: int
+
+    @property
+    def seen(self) -> int:
+        """Rows before its own."""
+        return self.prefix_length + self.prompt_length
 
 
 def stretches(packed: Packed) -> Iterator[Stretch]:
     """In the order of the pack, whose every row is in exactly one.
 
-    A prompt is a causal sequence of its own, and so is a prompt with an only completion.
+    A prompt is a causal sequence of its own, and so is a prompt with an only completion, and what
+    all prompts begin with.
     """
     bounds = packed.cu_seqlens.tolist()
+    prefix = packed.prefix_length
+    if prefix:
+        yield Stretch(prefix, 0, 0, 0, 0)
     for first, last in itertools.pairwise(packed.block_offsets.tolist()):
         segments = [(a, b - a) for a, b in itertools.pairwise(bounds[first : last + 1])]
         (prompt, prompt_length), *completions = [s for s in segments if s[1]]
         if len(completions) == 1:
-            yield Stretch(prompt_length + completions[0][1], 0, prompt, prompt)
+            yield Stretch(prompt_length + completions[0][1], 0, prompt, prompt, prefix)
             continue
-        yield Stretch(prompt_length, 0, prompt, prompt)
+        yield Stretch(prompt_length, 0, prompt, prompt, prefix)
         for start, length in completions:
-            yield Stretch(length, prompt_length, start, prompt)
+            yield Stretch(length, prompt_length, start, prompt, prefix)
 
 
 def longest(parts: Iterable[Stretch]) -> int:
     """Tokens of a prompt and one of its completions, at most; 0 for none."""
-    return max((s.prompt_length + s.length for s in parts), default=0)
+    return max((s.seen + s.length for s in parts), default=0)
 
 
 class Copies(NamedTuple):

@@ -91,7 +91,7 @@ def plan_blocks(packed: Packed) -> BlockPlan:
     output_rows = torch.empty(rows, dtype=torch.int64)
     rectangles: list[_Rectangle] = []
     offset = 0
-    plain, branches = ([s for s in stretches if bool(s.prompt_length) is b] for b in (False, True))
+    plain, branches = ([s for s in stretches if bool(s.seen) is b] for b in (False, True))
     for bucket in itertools.chain(_buckets(plain), _buckets(branches)):
         queries, keys, mask = _rectangle(bucket)
         lengths = torch.tensor([s.length for s in bucket])
@@ -115,15 +115,15 @@ def plan_blocks(packed: Packed) -> BlockPlan:
 def _buckets(stretches: Sequence[Stretch]) -> Iterator[list[Stretch]]:
     """Sequences of similar size, so that little of their common rectangle is empty."""
     bucket: list[Stretch] = []
-    filled = prompt = 0
+    filled = seen = 0
     for stretch in sorted(stretches, reverse=True):
-        area = stretch.length * (stretch.prompt_length + stretch.length)
+        area = stretch.length * (stretch.seen + stretch.length)
         length = bucket[0].length if bucket else stretch.length
-        prompt = max(prompt, stretch.prompt_length)
-        whole = (len(bucket) + 1) * length * (prompt + length)
+        seen = max(seen, stretch.seen)
+        whole = (len(bucket) + 1) * length * (seen + length)
         if bucket and whole > max(_SMALL, _WASTE * (filled + area)):
             yield bucket
-            bucket, filled, prompt = [], 0, stretch.prompt_length
+            bucket, filled, seen = [], 0, stretch.seen
         bucket.append(stretch)
         filled += area
     if bucket:
@@ -131,15 +131,17 @@ def _buckets(stretches: Sequence[Stretch]) -> Iterator[list[Stretch]]:
 
 
 def _rectangle(bucket: Sequence[Stretch]) -> _Rectangle:
-    length, prompt_length, start, prompt_start = torch.tensor(bucket).T[:, :, None]
+    length, prompt_length, start, prompt_start, prefix = torch.tensor(bucket).T[:, :, None]
+    seen = prefix + prompt_length
     column = torch.arange(int(length.max()))
     queries = start + torch.minimum(column, length - 1)
-    if not prompt_length.any():
+    if not seen.any():
         return _Rectangle(queries=queries, keys=queries, mask=None)
-    prompt_column = torch.arange(int(prompt_length.max()))
-    prompt = prompt_start + torch.minimum(prompt_column, prompt_length - 1)
+    place = torch.arange(int(seen.max()))
+    known = torch.minimum(place, seen - 1)
+    known = torch.where(known < prefix, known, prompt_start + known - prefix)
     shape = (len(bucket), len(column), -1)
-    prompt_seen = (prompt_column < prompt_length)[:, None].expand(shape)
+    known_seen = (place < seen)[:, None].expand(shape)
     own_seen = (column <= column[:, None]).expand(shape)
-    mask = torch.cat([prompt_seen, own_seen], dim=2)[:, None]
-    return _Rectangle(queries=queries, keys=torch.cat([prompt, queries], 1), mask=mask)
+    mask = torch.cat([known_seen, own_seen], dim=2)[:, None]
+    return _Rectangle(queries=queries, keys=torch.cat([known, queries], 1), mask=mask)

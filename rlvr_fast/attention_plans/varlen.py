@@ -72,13 +72,13 @@ def plan_varlen(packed: Packed, kernel: Kernel) -> VarlenPlan:
     """Plans the attention of a pack, which has a token at least; the tensors are on its device."""
     device, rows = packed.input_ids.device, len(packed.input_ids)
     parts = torch.tensor(list(layout.stretches(packed)))
-    length, prompt_length, start, prompt_start = parts.T
-    # Each sequence's keys are two runs of rows, the prompt's and its own.
-    first = torch.stack([prompt_start, start], 1).flatten()
-    sizes = torch.stack([prompt_length, length], 1).flatten()
+    length, prompt_length, start, prompt_start, prefix_length = parts.T
+    # Each sequence's keys are three runs of rows: what all share, the prompt's and its own.
+    first = torch.stack([torch.zeros_like(start), prompt_start, start], 1).flatten()
+    sizes = torch.stack([prefix_length, prompt_length, length], 1).flatten()
     run = torch.arange(len(sizes)).repeat_interleave(sizes)
     within = torch.arange(len(run)) - (sizes.cumsum(0) - sizes)[run]
-    total = prompt_length + length
+    total = prefix_length + prompt_length + length
     return VarlenPlan(
         keys=copies(first[run] + within, rows, device),
         spans=Spans(

@@ -192,12 +192,14 @@ class EmbeddedEngine:
         packed = pack([[Sample(prompt_ids=p, completion_ids=[])] for p in distinct])
         packed = packed.to(self._device)
         length = torch.tensor([len(p) for p in distinct])
-        last = length.cumsum(0) - 1
-        source = (last - length + 1)[:, None] + torch.arange(int(length.max()))
+        begin, prefix = packed.cu_seqlens[packed.block_offsets[:-1]], packed.prefix_length
+        last = begin + length - prefix - 1
+        place = torch.minimum(torch.arange(int(length.max())), length[:, None] - 1)
+        source = torch.where(place < prefix, place, begin[:, None] + place - prefix)
         cache = KeyValueCache(prompt_of_row, length.to(self._device), max_tokens)
         plan = Prefill(
             blocks=attention.plan_pack(packed),
-            source=torch.minimum(source, last[:, None]).to(self._device),
+            source=source.to(self._device),
             rows=len(prompts),
             cache=cache,
         )

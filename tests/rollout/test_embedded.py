@@ -54,10 +54,16 @@ def _stock_logp(model, prompt, completion, temperature):
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
-def test_greedy_completions_are_those_of_transformers(engine, stock):
-    got = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=20))
+SYSTEM = [31, 4, 59, 26, 53, 58, 9, 79, 32, 38]
 
-    for prompt, (completion,) in zip(PROMPTS, got, strict=True):
+
+@pytest.mark.parametrize("system", [[], SYSTEM], ids=["", "common beginning"])
+def test_greedy_completions_are_those_of_transformers(engine, stock, system):
+    prompts = [system + prompt for prompt in PROMPTS]
+
+    got = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=20))
+
+    for prompt, (completion,) in zip(prompts, got, strict=True):
         wanted = stock.generate(
             torch.tensor([prompt]),
             generation_config=GenerationConfig(
