@@ -56,7 +56,8 @@ class ServedModel:
                 f"model: wanted at most {_MOST_MASKED} embedding rows more than tokens for vLLM, "
                 f"got {text.vocab_size} and {len(tokenizer)}"
             )
-        with torch.device("meta"):
+        # Making a model may draw random numbers, on that device too.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         names: dict[int, list[str]] = {}
         state = skeleton.state_dict(keep_vars=True)

@@ -48,19 +48,16 @@ def starting(environment: Mapping[str, str]) -> Iterator[None]:
         raise RuntimeError("vLLM runs once in a process: close the other engine first")
     before, threads = dict(os.environ), torch.get_num_threads()
     set_num_threads = torch.set_num_threads
-    states = random.getstate(), np.random.get_state()
     _process.engine, _process.had_group = True, torch.distributed.is_initialized()
     _process.originals = [getattr(owner, name) for owner, name in _REPLACED]
     os.environ.update(environment)
     try:
-        with torch.random.fork_rng(_devices()):
+        with _keeping_random_numbers():
             yield
     except BaseException:
         stopped()
         raise
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
         _restore(before, environment)
@@ -69,7 +66,7 @@ def starting(environment: Mapping[str, str]) -> Iterator[None]:
 @contextmanager
 def generating() -> Iterator[None]:
     """vLLM's sampler draws within, also from the global random numbers; they stay as they are."""
-    with torch.random.fork_rng(_devices()):
+    with _keeping_random_numbers():
         yield
 
 
@@ -82,6 +79,18 @@ def stopped() -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def _keeping_random_numbers() -> Iterator[None]:
+    """All global generators are afterwards as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(_devices()):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _devices() -> list[int]:

@@ -283,10 +283,7 @@ def test_a_server_that_dies_is_reported_with_its_log_and_leaves_nothing(server):
     assert others
 
     process.kill()
-    with pytest.raises(
-        RuntimeError,
-        match=r"ended with status 137; its log ends with\n(.*\n)*.*(APIServer|EngineCore)",
-    ):
+    with pytest.raises(RuntimeError, match=r"ended with status 137; its log ends with\n.*\S"):
         server.generate(PROMPTS, SamplingParams(max_tokens=5))
     server.close()
 

@@ -49,9 +49,17 @@ def _callables():
 
 
 def _surroundings():
-    numbers = random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()
+    """By name, hashed where only equality is of interest."""
     outside = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "PYTEST_"))}
-    return numbers, outside, torch.get_num_threads(), torch.set_num_threads
+    return {
+        "Python's random numbers": hash(random.getstate()),
+        "NumPy's": hash(np.random.get_state()[1].tobytes()),
+        "NumPy's position": np.random.get_state()[2],
+        "torch's": hash(torch.get_rng_state().numpy().tobytes()),
+        "threads": torch.get_num_threads(),
+        "the function that sets them": torch.set_num_threads,
+        **outside,
+    }
 
 
 @needs_vllm
