@@ -101,7 +101,7 @@ def explained(part: str) -> Iterator[None]:
     """Memory that runs out in the block becomes a MemoryError that names fields to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not _is_lack_of_memory(error):
             raise
         first = str(error).splitlines()[0]
@@ -114,7 +114,7 @@ def _is_lack_of_memory(error: Exception) -> bool:
 
 def _per_token(model: PreTrainedModel, half: bool) -> int:
     """Bytes that autograd keeps for one token, without the weights."""
-    packed = pack([[Sample(prompt_ids=[0] * (_PROBE - 1), completion_ids=[0])]])
+    packed = pack([[Sample(prompt_ids=[0] * _PROBE, completion_ids=[])]])
     packed = packed.to(model.device)
     kept: dict[int, int] = {}
     weights = {tuple(sorted(p.shape)) for p in model.parameters()}  # and autocast's copies of them

@@ -119,6 +119,14 @@ def load(
     return model, AutoTokenizer.from_pretrained(path)
 
 
+def eos_ids(*stated: int | list[int] | None) -> list[int]:
+    """All tokens that end a sequence, in order, from places that each state one, several or none."""
+    ids: set[int] = set()
+    for eos in stated:
+        ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return sorted(ids)
+
+
 def _written(folder: Path, write: Callable[[Path], object]) -> Path:
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):

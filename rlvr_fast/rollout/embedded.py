@@ -272,12 +272,8 @@ def _move(module: torch.nn.Module, device: torch.device | str) -> None:
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    config = model.config.get_text_config()
-    stated = [model.generation_config, config, tokenizer]
-    ids: set[int] = set()
-    for eos in (getattr(place, "eos_token_id", None) for place in stated):
-        ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return sorted(ids)
+    places = [model.generation_config, model.config.get_text_config(), tokenizer]
+    return models.eos_ids(*(getattr(place, "eos_token_id", None) for place in places))
 
 
 class _Written:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from rlvr_fast import models
 from rlvr_fast.rollout import Completion, SamplingParams
 
 _COLDEST, _HOTTEST = 0.01, 2.0  # vLLM raises lower temperatures to the first without an error.
@@ -167,7 +168,4 @@ def _eos_ids(model: str | Path, *stated: int | list[int] | None) -> list[int]:
     places = list(stated)
     with contextlib.suppress(OSError):  # Not every model has the file.
         places.append(GenerationConfig.from_pretrained(model).eos_token_id)
-    ids: set[int] = set()
-    for eos in places:
-        ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return sorted(ids)
+    return models.eos_ids(*places)
