@@ -120,7 +120,7 @@ def load(
 
 
 def eos_ids(*stated: int | list[int] | None) -> list[int]:
-    """All tokens that end a sequence, in order, from places that each state one, several or none."""
+    """All tokens that end a sequence, sorted, from places that state one, several or none."""
     ids: set[int] = set()
     for eos in stated:
         ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
