@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rlvr_fast.ops.divergence import Divergence
 from rlvr_fast.tracing.objective import Objective, SumOf
 from rlvr_fast.tracing.tokens import Tokens
 
@@ -19,6 +20,8 @@ __all__ = [
     "KL3",
     "CappedWeight",
     "ClippedSurrogate",
+    "Distillation",
+    "Divergence",
     "DynamicClipSurrogate",
     "EntropyBonus",
     "Objective",
@@ -131,6 +134,19 @@ class SequenceClippedSurrogate(Objective):
         seq_ratio = importance_ratio(t.seq_mean((t.logp - t.old_logp).detach()), torch.zeros(()))
         ratio = seq_ratio * torch.exp(t.logp - t.logp.detach())
         return clipped(ratio, t.advantage, 1 - self.clip_low, 1 + self.clip_high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """`scale` times the divergence from a teacher over the whole vocabulary; see `linear_kl`.
+
+    No `Objective`: it reads two distributions, not the log-probability of a token.
+    """
+
+    kind: Divergence = Divergence.FORWARD
+    temperature: float = 1.0
+    """Divides both models' logits, instead of the one that is sampled at."""
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,28 +2,41 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlvr_fast import attention, lora, parallel
-from rlvr_fast.config import Precision, Schedule, TrainConfig
-from rlvr_fast.devices import DTYPES
+from rlvr_fast import lora, parallel
+from rlvr_fast.config import KLEstimate, Schedule, TrainConfig
 from rlvr_fast.methods.base import BatchShape, Method, group_offsets
 from rlvr_fast.methods.rollouts import Groups
 from rlvr_fast.microbatch import microbatches, model_inputs
 from rlvr_fast.mismatch import Corrected, MismatchCorrection, Together, mismatch
-from rlvr_fast.objectives import KL3, MAX_LOG_RATIO, EntropyBonus, Objective
-from rlvr_fast.ops.linear_logprobs import linear_logprobs
+from rlvr_fast.objectives import (
+    KL1,
+    KL2,
+    KL3,
+    MAX_LOG_RATIO,
+    Distillation,
+    EntropyBonus,
+    Objective,
+)
 from rlvr_fast.ops.loss_metrics import LossMetrics
-from rlvr_fast.ops.policy_loss import PolicyLossOutput, policy_loss
+from rlvr_fast.ops.policy_loss import PolicyLossOutput
 from rlvr_fast.packed import Packed, Sample, pack
 from rlvr_fast.parallel import ALONE, World
+from rlvr_fast.policy import Policy
+from rlvr_fast.scoring import PolicyScorer
 from rlvr_fast.tracing.level import Level, level
 from rlvr_fast.tracing.vanishing import vanishes
+
+KL_ESTIMATES: dict[KLEstimate, type[KL1 | KL2 | KL3]] = {
+    KLEstimate.K1: KL1,
+    KLEstimate.K2: KL2,
+    KLEstimate.K3: KL3,
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class Optimiser:
         Args:
             config, method: of the run.
             model: whose parameters are trained; its frozen ones stay, as under adapters.
-            reference: frozen, on the same device; wanted when `config.kl_coef` is above 0, unless
+            reference: frozen, on the same device; wanted where `needs_reference` says so, unless
                 the model has adapters: then it is its own reference.
             vocab_size: the tokenizer's. An embedding may have more rows; engines never sample
                 those, so the policy is the softmax over the others.
@@ -63,15 +76,23 @@ class Optimiser:
             ValueError: for settings that do not go together.
         """
         self._config, self._method = config, method
-        self._vocab_size = vocab_size
-        if reference is None and config.kl_coef > 0 and lora.adapted(model):
-            reference = model
-        self.model, self._reference, self._world = model, reference, world
+        self.model, self._world = model, world
+        self.policy = Policy(config, model, vocab_size=vocab_size)
+        self.reference = None
+        if needs_reference(config, method):
+            frozen = model if reference is None else reference
+            self.reference = Policy(config, frozen, vocab_size=vocab_size, adapters=False)
         self._pass = parallel.passing(model, self._loss)
-        self._corrected = _corrected(method.objective(), config)
-        self.objective = _penalised(self._corrected or method.objective(), config)
-        self._level = level(self.objective)
-        self._logits_dtype = _logits_dtype(config)
+        wanted = method.objective()
+        self.objective: Objective | Distillation = wanted
+        self._corrected: Corrected | None = None
+        self._level = Level.TOKEN
+        if isinstance(wanted, Objective):
+            self._corrected = _corrected(wanted, config)
+            self.objective = _penalised(self._corrected or wanted, config)
+            self._level = level(self.objective)
+        else:
+            _check_undisturbed(config)
         self.adamw = torch.optim.AdamW(
             [parameter for _, parameter in lora.trained(model)],
             lr=config.learning_rate,
@@ -92,13 +113,17 @@ class Optimiser:
         rate = learning_rate(self._config, step)
         for parameter_group in self.adamw.param_groups:
             parameter_group["lr"] = rate
-        packs = self.packs(self.samples(groups))
+        scorer = PolicyScorer(
+            config=self._config, policy=self.policy, reference=self.reference, step=step
+        )
+        packs = self.packs(self.samples(self._method.shape(groups, scorer)))
         read = {"learning_rate": rate, "microbatches": float(len(packs))}
         if not packs:
             return read
-        if self._reference is not None:
-            packs = [self._with_reference(self._reference, packed) for packed in packs]
+        if self.reference is not None and isinstance(self.objective, Objective):
+            packs = [self._with_reference(packed) for packed in packs]
         for update in range(self._config.updates_per_batch):
+            packs = self._method.prepare(packs, scorer, update)
             passed = [self.backward(packed) for packed in packs]
             if update == 0:
                 logps = [each.logp for each in passed]
@@ -124,7 +149,11 @@ class Optimiser:
         )
         weights = iter(self._method.seq_weights(shape).tolist())
         logp_known = all(rollout.rollout_logp is not None for group in groups for rollout in group)
-        may_drop = self._level in (Level.TOKEN, Level.SEQUENCE) and vanishes(self.objective)
+        may_drop = (
+            isinstance(self.objective, Objective)
+            and self._level in (Level.TOKEN, Level.SEQUENCE)
+            and vanishes(self.objective)
+        )
         return [
             [
                 Sample(
@@ -135,6 +164,8 @@ class Optimiser:
                     advantage=rollout.advantage,
                     reward=rollout.reward,
                     rollout_logp=rollout.rollout_logp if logp_known else None,
+                    extras=rollout.extras,
+                    teacher_prompt_ids=rollout.teacher_prompt_ids,
                 )
                 for rollout, weight in ((rollout, next(weights)) for rollout in group)
                 if rollout.scored_tokens and not (may_drop and rollout.zero_advantage)
@@ -167,8 +198,7 @@ class Optimiser:
 
     def backward(self, packed: Packed) -> Microbatch:
         """Adds the microbatch's gradient to every parameter."""
-        with self._autocast():
-            found = self._pass(packed)
+        found = self._pass(packed)
         found.loss.backward()
         return Microbatch(found.loss.detach(), found.logp, found.metrics)
 
@@ -189,56 +219,15 @@ class Optimiser:
         return norm
 
     def _loss(self, packed: Packed) -> PolicyLossOutput:
-        head, so_far = self._head(self.model), attention.head(self.model).weight.grad
-        hidden = attention.hidden_states(self.model, packed)
-        return policy_loss(
-            # Not hidden[index]: its backward adds in an order that threads decide.
-            hidden.index_select(0, packed.hidden_index),
-            head.weight,
-            packed.scored,
-            self.objective,
-            bias=head.bias,
-            temperature=self._config.temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            logits_dtype=self._logits_dtype,
-            logits_budget=self._config.logits_budget,
-            # In the first micro-batch there is none: autograd makes it.
-            weight_grad=None if so_far is None else so_far[: len(head.weight)],
-        )
+        if isinstance(self.objective, Objective):
+            return self.policy.loss(packed, self.objective)
+        assert self.reference is not None, "wanted a method with needs_reference"
+        return self.policy.distil(packed, self.objective, self.reference)
 
-    @torch.no_grad()
-    def _with_reference(self, reference: PreTrainedModel, packed: Packed) -> Packed:
-        head = self._head(reference)
-        own = reference is self.model
-        with self._autocast(), lora.reference(self.model) if own else nullcontext():
-            hidden = attention.hidden_states(reference, packed)
-            found = linear_logprobs(
-                hidden.index_select(0, packed.hidden_index),
-                head.weight,
-                packed.scored.targets,
-                bias=head.bias,
-                temperature=self._config.temperature,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
-                logits_dtype=self._logits_dtype,
-                logits_budget=self._config.logits_budget,
-            )
-        return replace(packed, scored=replace(packed.scored, ref_logp=found.logp))
-
-    def _head(self, model: PreTrainedModel) -> attention.Head:
-        head, size = attention.head(model), self._vocab_size
-        if size >= len(head.weight):
-            return head
-        bias = None if head.bias is None else head.bias[:size]
-        return replace(head, weight=head.weight[:size], bias=bias)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.model.device.type,
-            dtype=torch.bfloat16,
-            enabled=self._config.precision is Precision.BF16,
-        )
+    def _with_reference(self, packed: Packed) -> Packed:
+        assert self.reference is not None
+        logp = self.reference.logprobs(packed).logp
+        return replace(packed, scored=replace(packed.scored, ref_logp=logp))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -272,6 +261,22 @@ def reference_kl(
     return {"ref_kl": float((gap.expm1() - gap).mean())}
 
 
+def needs_reference(config: TrainConfig, method: Method) -> bool:
+    """Whether a frozen copy of the initial model has to be kept."""
+    return config.kl_coef > 0 or method.needs_reference
+
+
+def _check_undisturbed(config: TrainConfig) -> None:
+    """A distillation has no policy gradient that could be corrected or penalised."""
+    off = {"kl_coef": 0, "entropy_coef": 0, "mismatch_correction": MismatchCorrection.NONE}
+    for name, wanted in off.items():
+        got = getattr(config, name)
+        if got != wanted:
+            raise ValueError(
+                f"{name}: wanted {wanted} for method {config.method}, which distils, got {got}"
+            )
+
+
 def _corrected(objective: Objective, config: TrainConfig) -> Corrected | None:
     if config.mismatch_correction is MismatchCorrection.NONE:
         return None
@@ -286,15 +291,7 @@ def _corrected(objective: Objective, config: TrainConfig) -> Corrected | None:
 
 def _penalised(objective: Objective, config: TrainConfig) -> Objective:
     if config.kl_coef > 0:
-        objective = objective + KL3(coef=config.kl_coef)
+        objective = objective + KL_ESTIMATES[config.kl_estimate](coef=config.kl_coef)
     if config.entropy_coef > 0:
         objective = objective + EntropyBonus(coef=config.entropy_coef)
     return objective
-
-
-def _logits_dtype(config: TrainConfig) -> torch.dtype | None:
-    """None: the op's default for the device."""
-    wanted = config.head_precision
-    if wanted is Precision.BF16 and config.precision is Precision.FP32:
-        raise ValueError("head_precision: wanted fp32 or none with precision fp32, got bf16")
-    return None if wanted is None else DTYPES[wanted]

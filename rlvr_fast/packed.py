@@ -4,8 +4,8 @@ Shape letters used everywhere: `T` scored (completion) tokens, `S` sequences, `G
 `V` vocabulary, `D` hidden, `N` model inputs (prompts and completions).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class Sample:
     old_logp: Sequence[float] | None = None
     ref_logp: Sequence[float] | None = None
     rollout_logp: Sequence[float] | None = None
+    extras: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
+    """Further numbers for the objective, one per completion token or one for all of them."""
+    teacher_prompt_ids: Sequence[int] | None = None
+    """What a teacher sees before the completion, where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,9 @@ class Packed:
     hidden_index: Tensor
     """`[T]` int64, the row of the model's output that predicts each scored token."""
     scored: ScoredTokens
+    teacher: "Packed | None" = None
+    """The same completions in the same order after the teacher's prompts; its `scored` is empty of
+    all but targets, weights and offsets."""
 
     @property
     def prefix_length(self) -> int:
@@ -73,6 +80,7 @@ class Packed:
             position_ids=self.position_ids.to(device, non_blocking=True),
             hidden_index=self.hidden_index.to(device, non_blocking=True),
             scored=self.scored.to(device),
+            teacher=None if self.teacher is None else self.teacher.to(device),
         )
 
 
@@ -121,6 +129,7 @@ def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> P
         block_offsets=_ints(block_offsets),
         hidden_index=_ints(hidden_index),
         scored=_scored([sample for group in groups for sample in group], groups),
+        teacher=_teacher(groups, share_prompts),
     )
 
 
@@ -163,7 +172,49 @@ def _scored(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> Sc
         rollout_logp=_optional(samples, "rollout_logp"),
         rewards=_rewards(samples),
         advantage=_optional(samples, "advantage"),
+        extras=_extras(samples),
     )
+
+
+def _teacher(groups: Sequence[Sequence[Sample]], share_prompts: bool) -> Packed | None:
+    prompts = [sample.teacher_prompt_ids for group in groups for sample in group]
+    missing = sum(prompt is None for prompt in prompts)
+    if missing == len(prompts):
+        return None
+    if missing:
+        raise ValueError(
+            f"teacher_prompt_ids: wanted them on every sample or on none, got {missing} without"
+        )
+    seen = [
+        [
+            Sample(
+                prompt_ids=sample.teacher_prompt_ids or [],
+                completion_ids=sample.completion_ids,
+                token_weight=sample.token_weight,
+                loss_mask=sample.loss_mask,
+            )
+            for sample in group
+        ]
+        for group in groups
+    ]
+    return pack(seen, share_prompts=share_prompts)
+
+
+def _extras(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    names = {name for sample in samples for name in sample.extras}
+    for name in names:
+        missing = sum(name not in sample.extras for sample in samples)
+        if missing:
+            raise ValueError(
+                f"extras[{name!r}]: wanted it on every sample or on none, got {missing} without it"
+            )
+    return {
+        name: torch.tensor(
+            [x for s in samples for x in _per_token(f"extras[{name!r}]", s.extras[name], 0, s)],
+            dtype=torch.float32,
+        )
+        for name in sorted(names)
+    }
 
 
 def _rewards(samples: Sequence[Sample]) -> Tensor | None:

@@ -33,8 +33,10 @@ from rlvr_fast.rollout import Completion, Engine, SamplingParams
 BUCKET = 16 << 20
 """Gradients that are summed in one message; fp32, that is 64 MiB."""
 _METHOD = "rlvr_fast_pass"
+_SCORING = "rlvr_fast_score"
 
 Item = TypeVar("Item")
+Found = TypeVar("Found")
 Out = TypeVar("Out", bound="HasLoss")
 
 
@@ -222,6 +224,15 @@ def passing(model: PreTrainedModel, function: Callable[[Item], Out]) -> Callable
     setattr(model, _METHOD, forward)
     register_fsdp_forward_method(model, _METHOD)
     return lambda argument: getattr(model, _METHOD)(argument)[1]
+
+
+def scoring(model: PreTrainedModel, function: Callable[[Item], Found]) -> Callable[[Item], Found]:
+    """As `passing`, for a function without gradients."""
+    if not is_split(model):
+        return function
+    setattr(model, _SCORING, function)
+    register_fsdp_forward_method(model, _SCORING)
+    return lambda argument: getattr(model, _SCORING)(argument)
 
 
 def padded(world: World, model: torch.nn.Module, mine: list[Item], idle: Item) -> list[Item]:

@@ -16,9 +16,10 @@ from rlvr_fast.devices import DTYPES, device
 from rlvr_fast.engines import make_engine
 from rlvr_fast.evaluate import evaluate
 from rlvr_fast.methods import method
+from rlvr_fast.methods.base import Method
 from rlvr_fast.methods.rollouts import Groups
 from rlvr_fast.metrics import RunLog
-from rlvr_fast.optimise import Optimiser
+from rlvr_fast.optimise import Optimiser, needs_reference
 from rlvr_fast.parallel import Shared, World
 from rlvr_fast.prompts import Prompts
 from rlvr_fast.rollout import SamplingParams
@@ -52,7 +53,7 @@ class Trainer:
                 targets=config.lora_targets,
                 seed=config.seed,
             )
-        elif config.kl_coef > 0:
+        elif needs_reference(config, self.method):
             reference = _on(place, path, torch.float32)[0].requires_grad_(False)
         if config.split_weights:
             parallel.split(self.model, self.world)
@@ -149,6 +150,9 @@ class Trainer:
                 self.ahead.start(step + 1, self.position)
             with timed(seconds, "update"), memory.explained("update"):
                 update = self.optimiser.update(batch.groups, step)
+            if type(self.method).observe is not Method.observe:
+                self.ahead.wait()  # The batch in the making reads what the method remembers.
+                self.method.observe(update)
             if not config.pipeline or step == config.steps:
                 with timed(seconds, "sync"):
                     self.sync()

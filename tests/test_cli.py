@@ -42,7 +42,7 @@ def one_thread():
         ("eval tiny --task addition --k x", "k: wanted numbers like 1,4,16, got 'x'"),
         ("model", "rlvr-fast model: the following arguments are required: name"),
         ("model huge", "model: wanted a folder"),
-        ("methods all", "methods: wanted no arguments, got all"),
+        ("methods all of", "methods: wanted at most one name, got all of"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
@@ -74,12 +74,23 @@ def test_help_names_every_command(capsys):
     assert all(f"rlvr-fast {command}" in shown for command in cli.COMMANDS)
 
 
-def test_methods_are_listed_with_their_options(capsys):
+def test_methods_are_listed_with_a_line_each(capsys):
     assert cli.main(["methods"]) == 0
 
+    *lines, _, _ = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    marked = [line.split()[0] for line in lines if line.split()[1] == "*"]
+    assert marked == [name for name, kind in METHODS.items() if kind.paper.reconstructed]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_shown_with_its_source_and_every_option(name, capsys):
+    assert cli.main(["methods", name]) == 0
+
     shown = capsys.readouterr().out
-    assert all(f"{name}: " in shown for name in METHODS)
-    assert "--method_options.clip_high" in shown
+    assert f"Source: {METHODS[name].paper.source}" in shown
+    options = [field.name for field in fields(METHODS[name]) if field.init]
+    assert [each for each in options if f"--method_options.{each}: " not in shown] == []
 
 
 def test_training_shows_its_config_first_and_its_result_last(capsys, tmp_path):

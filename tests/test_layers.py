@@ -29,6 +29,8 @@ LAYERS = [
         "microbatch",
         "mismatch",
         "optimise",
+        "policy",
+        "scoring",
         "progress",
         "parallel",
         "engines",

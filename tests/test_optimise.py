@@ -321,7 +321,7 @@ def test_the_head_precision_is_that_of_the_logits_of_policy_and_reference():
     for head in ("bf16", "fp32"):
         made = optimiser(precision="bf16", head_precision=head, kl_coef=0.1, temperature=0.05)
         (packed,) = made.packs(made.samples(rollouts()))
-        packed = made._with_reference(made._reference, packed)
+        packed = made._with_reference(packed)
         found[head] = torch.stack([made.backward(packed).logp, packed.scored.ref_logp])
     rounding = (found["bf16"] - found["fp32"]).abs()
 

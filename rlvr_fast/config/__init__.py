@@ -10,6 +10,7 @@ from rlvr_fast.config.files import load as load
 from rlvr_fast.config.files import to_values as to_values
 from rlvr_fast.config.training import FREE_ON_RESUME as FREE_ON_RESUME
 from rlvr_fast.config.training import EngineName as EngineName
+from rlvr_fast.config.training import KLEstimate as KLEstimate
 from rlvr_fast.config.training import Overlong as Overlong
 from rlvr_fast.config.training import Schedule as Schedule
 from rlvr_fast.config.training import TrainConfig as TrainConfig

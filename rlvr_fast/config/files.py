@@ -44,11 +44,18 @@ def from_values(
 ) -> TrainConfig:
     """As `load`, from a dictionary such as `to_values` gives.
 
+    Fields that neither of the two names are as the method's `settings` have them, then as
+    `TrainConfig` has them.
+
     Raises:
         ValueError: as `load`.
     """
     merged = options.merge(TrainConfig, values, overrides or {})
-    return options.build("config field", TrainConfig, merged)
+    from rlvr_fast.methods import METHODS  # which imports torch and transformers
+
+    chosen = METHODS.get(str(merged.get("method")))
+    belonging = {} if chosen is None else chosen.settings
+    return options.build("config field", TrainConfig, {**belonging, **merged})
 
 
 def to_values(config: TrainConfig) -> dict[str, Any]:

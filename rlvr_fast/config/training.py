@@ -25,6 +25,14 @@ class Overlong(StrEnum):
     PENALTY = "penalty"
 
 
+class KLEstimate(StrEnum):
+    """Of KL(policy || reference), from the sampled tokens; see `objectives`."""
+
+    K1 = "k1"
+    K2 = "k2"
+    K3 = "k3"
+
+
 class EngineName(StrEnum):
     """What generates."""
 
@@ -96,7 +104,9 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     kl_coef: float = 0.0
-    """Weight of the k3 KL estimate to a frozen copy of the initial model; 0: no copy is kept."""
+    """Weight of a KL penalty to a frozen copy of the initial model; 0: no copy is kept for it."""
+    kl_estimate: KLEstimate = KLEstimate.K3
+    """Of that penalty: k1, k2 (whose gradient is that of the KL) or k3 (never below 0)."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
     mismatch_correction: MismatchCorrection = MismatchCorrection.NONE

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -11,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlvr_fast import aggregate, rewards
 from rlvr_fast.methods.rollouts import Groups, Rollout
-from rlvr_fast.objectives import Objective
+from rlvr_fast.methods.scores import Scorer
+from rlvr_fast.objectives import Distillation, Objective
 from rlvr_fast.ops.group_advantages import GroupNormalisation, group_advantages
+from rlvr_fast.packed import Packed
 from rlvr_fast.prompts import Prompt, Prompts
 from rlvr_fast.rollout import Completion, Engine, SamplingParams
 from rlvr_fast.tasks import Task
@@ -47,6 +50,28 @@ class BatchShape:
     max_completion_tokens: int
 
 
+class Evidence(StrEnum):
+    """What was read of a method before it was written here, from the most to the least."""
+
+    CODE = "the authors' or a framework's code"
+    PAPER = "the paper"
+    DIGEST = "others' summaries of the paper"
+    ABSTRACT = "the abstract"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Where a method comes from, and how sure we are."""
+
+    source: str
+    """Such as `2503.14476, equation 8`: arXiv's number and the place, or author and year."""
+    formula: str
+    """What makes the method, in one line of ASCII."""
+    evidence: Evidence
+    reconstructed: tuple[str, ...] = ()
+    """What is ours, since no source says it; each in a few words."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One published method. Its fields are its options; a subclass overrides a hook or two.
@@ -56,6 +81,14 @@ class Method:
 
     on_policy_only: ClassVar[bool] = False
     """The objective has no importance ratio: one update per batch."""
+    needs_reference: ClassVar[bool] = False
+    """The objective reads `t.ref_logp`, or a scorer is asked for the reference: a frozen copy of
+    the initial model is kept."""
+    settings: ClassVar[Mapping[str, object]] = {}
+    """Fields of the run's config that belong to the method: defaults that the config may replace.
+    """
+    paper: ClassVar[Paper]
+    """Where the method comes from."""
 
     def select_prompts(self, context: Context) -> list[Prompt]:
         """The prompts of this step."""
@@ -84,17 +117,31 @@ class Method:
 
     def advantages(self, groups: Groups) -> Groups:
         """The same groups with an advantage in every rollout; 0 where the reward is None."""
-        flat = [rollout for group in groups for rollout in group]
         values = group_advantages(
-            torch.tensor(
-                [float("nan") if r.reward is None else r.reward - r.penalty for r in flat],
-                dtype=torch.float32,
-            ),
-            group_offsets(groups),
-            normalisation=self.normalisation(),
+            net_rewards(groups), group_offsets(groups), normalisation=self.normalisation()
         )
-        advantage = iter(values.tolist())
-        return [[replace(rollout, advantage=next(advantage)) for rollout in g] for g in groups]
+        return with_advantages(groups, values)
+
+    def shape(self, groups: Groups, scorer: Scorer) -> Groups:
+        """The same groups, their advantages, masks or `extras` changed by what the policy itself
+        thinks of them. Called once in a step, before its first update, perhaps while the next
+        batch is collected: it changes nothing that `advantages` reads.
+        """
+        return groups
+
+    def prepare(self, packs: list[Packed], scorer: Scorer, update: int) -> list[Packed]:
+        """The same packs, with what the objective reads that changes from update to update.
+
+        Args:
+            packs: of this rank, whole groups unless the objective sees no further than sequences;
+                sequences without a gradient may be left out.
+            scorer: with the weights before this update.
+            update: of `scorer.updates`, from 0.
+        """
+        return packs
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Told what the updates of a step reported, before the next batch is collected."""
 
     def normalisation(self) -> GroupNormalisation:
         """How the default `advantages` turns a group's rewards into advantages."""
@@ -104,7 +151,7 @@ class Method:
         """`[S]` fp32, the weight of each token of a sequence; see `aggregate`."""
         return aggregate.token_mean(shape.seq_lengths)
 
-    def objective(self) -> Objective:
+    def objective(self) -> Objective | Distillation:
         """What the optimiser minimises, before a KL penalty or entropy bonus of the config."""
         raise NotImplementedError
 
@@ -155,3 +202,16 @@ def verified(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> lis
 def group_offsets(groups: Groups) -> Tensor:
     """`[G+1]` int64."""
     return torch.tensor([0, *accumulate(len(group) for group in groups)])
+
+
+def net_rewards(groups: Groups) -> Tensor:
+    """`[S]` fp32: rewards less penalties, NaN where nobody could score."""
+    flat = [rollout for group in groups for rollout in group]
+    net = [float("nan") if r.reward is None else r.reward - r.penalty for r in flat]
+    return torch.tensor(net, dtype=torch.float32)
+
+
+def with_advantages(groups: Groups, advantages: Tensor) -> Groups:
+    """The same groups, each rollout with its own of `advantages [S]`."""
+    advantage = iter(advantages.tolist())
+    return [[replace(rollout, advantage=next(advantage)) for rollout in g] for g in groups]

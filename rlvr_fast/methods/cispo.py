@@ -1,8 +1,9 @@
 """Clipped importance weights instead of clipped updates (CISPO, 2506.13585, equation 4)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from rlvr_fast.methods.base import Method
+from rlvr_fast.methods.base import Evidence, Method, Paper
 from rlvr_fast.objectives import CappedWeight, Objective
 
 
@@ -13,6 +14,12 @@ class CISPO(Method):
     The advantage is GRPO's. It differs from GRPO only off policy, so with `updates_per_batch`
     above 1. The paper tunes the bound and does not state it.
     """
+
+    paper: ClassVar[Paper] = Paper(
+        source="2506.13585, equation 4",
+        formula="-sg[min(r, cap)] A logp",
+        evidence=Evidence.CODE,
+    )
 
     cap: float = 5.0
     """Upper bound of the importance weight itself (ScaleRL's 5), not an offset from 1."""

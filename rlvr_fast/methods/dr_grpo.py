@@ -1,11 +1,12 @@
 """GRPO without its two normalisations (Dr. GRPO, 2503.20783)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from rlvr_fast import aggregate
-from rlvr_fast.methods.base import BatchShape, Method
+from rlvr_fast.methods.base import BatchShape, Evidence, Method, Paper
 from rlvr_fast.objectives import ClippedSurrogate, Objective
 from rlvr_fast.ops.group_advantages import GroupNormalisation, Scale
 
@@ -17,6 +18,12 @@ class DrGRPO(Method):
     Token losses are summed and divided by a constant length, then averaged over sequences: a long
     wrong answer is punished for every token, and an easy prompt weighs no more than a hard one.
     """
+
+    paper: ClassVar[Paper] = Paper(
+        source="2503.20783",
+        formula="A = R - mean(R); tokens / a constant length",
+        evidence=Evidence.CODE,
+    )
 
     clip_low: float = 0.2
     """The ratio counts down to 1 - clip_low."""

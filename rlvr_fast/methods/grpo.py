@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 from torch import Tensor
 
 from rlvr_fast import aggregate
-from rlvr_fast.methods.base import BatchShape, Method
+from rlvr_fast.methods.base import BatchShape, Evidence, Method, Paper
 from rlvr_fast.objectives import ClippedSurrogate, Objective
 
 
@@ -25,6 +26,12 @@ class GRPO(Method):
     the config's `kl_coef` (the paper uses 0.04). Separate bounds and the token mean are later
     work (2503.14476), here as options.
     """
+
+    paper: ClassVar[Paper] = Paper(
+        source="2402.03300, equation 3",
+        formula="-min(r A, clip(r, 1 +- 0.2) A), A = (R - mean) / std",
+        evidence=Evidence.CODE,
+    )
 
     clip_low: float = 0.2
     """The ratio counts down to 1 - clip_low."""

@@ -1,11 +1,12 @@
 """Group sequence policy optimisation (GSPO, 2507.18071, equations 5 to 7)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from rlvr_fast import aggregate
-from rlvr_fast.methods.base import BatchShape, Method
+from rlvr_fast.methods.base import BatchShape, Evidence, Method, Paper
 from rlvr_fast.objectives import Objective, SequenceClippedSurrogate
 
 
@@ -16,6 +17,12 @@ class GSPO(Method):
     Mean over sequences; advantage as in GRPO. The bounds are far smaller than a token's, since
     the mean of many log-ratios is.
     """
+
+    paper: ClassVar[Paper] = Paper(
+        source="2507.18071, equations 5 to 7",
+        formula="-min(s A, clip(s) A), s = exp(mean_t log r)",
+        evidence=Evidence.CODE,
+    )
 
     clip_low: float = 3e-4
     """The sequence's ratio counts down to 1 - clip_low."""

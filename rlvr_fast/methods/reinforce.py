@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from rlvr_fast.methods.base import Method
+from rlvr_fast.methods.base import Evidence, Method, Paper
 from rlvr_fast.objectives import Objective, PolicyGradient
 from rlvr_fast.ops.group_advantages import GroupNormalisation, Scale
 
@@ -23,6 +23,12 @@ class Reinforce(Method):
     The advantage is the reward minus the mean of its group, or of the others in it
     (RLOO, 2402.14740): the second is G / (G - 1) times the first.
     """
+
+    paper: ClassVar[Paper] = Paper(
+        source="Williams, 1992; 2402.14740",
+        formula="-A logp, A = R - mean of the others",
+        evidence=Evidence.CODE,
+    )
 
     on_policy_only: ClassVar[bool] = True
 

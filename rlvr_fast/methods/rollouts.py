@@ -31,6 +31,11 @@ class Rollout:
     """Taken off the reward before it becomes an advantage: for length, say."""
     advantage: float | Sequence[float] | None = None
     """One number, or one per completion token."""
+    extras: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
+    """What else the method's objective reads, as `t.extras[name]`: one number, or one per
+    completion token; the same names on every rollout."""
+    teacher_prompt_ids: Sequence[int] | None = None
+    """For distillation: what the teacher sees before the completion."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """A method's own: parent, branch position, off-policy flag, task tag, parts of the reward."""
 

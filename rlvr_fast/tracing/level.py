@@ -45,8 +45,8 @@ class Level(Enum):
 def level(objective: Objective) -> Level:
     """Finds out by running the objective on symbolic tokens; cached per value.
 
-    An objective that cannot be followed (it branches on data, or reduces by other means than
-    `t.seq_mean`, `t.seq_sum` and `t.group_mean`) is of `Level.BATCH`: exact, and slower.
+    An objective that cannot be followed (it branches on data, or reduces by other means than the
+    `t.seq_...` and `t.group_...` of `Tokens`) is of `Level.BATCH`: exact, and slower.
 
     Raises:
         ValueError: for an objective that cannot be hashed.
@@ -134,9 +134,10 @@ class _SymbolicTokens(Tokens):
         self._recorder.saw(Level.SEQUENCE)
         return x * 1.0
 
-    def seq_mean(self, x: Tensor) -> Tensor:
-        return self.seq_sum(x)
+    seq_mean = seq_max = seq_sum
 
-    def group_mean(self, x: Tensor) -> Tensor:
+    def group_sum(self, x: Tensor) -> Tensor:
         self._recorder.saw(Level.GROUP)
         return x * 1.0
+
+    group_mean = group_sum

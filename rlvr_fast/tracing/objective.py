@@ -13,7 +13,7 @@ class Objective:
 
     Write `token_loss` with torch functions; its derivative is autograd's. Fields annotated `float`
     become kernel arguments, so other values do not recompile. Pointwise code runs inside the
-    kernel; code that calls `t.seq_mean`, `t.seq_sum` or `t.group_mean` runs between its sweeps.
+    kernel; code that calls `t.seq_mean`, `t.group_sum` or their kin runs between its sweeps.
     """
 
     def token_loss(self, t: Tokens) -> Tensor:

@@ -29,6 +29,17 @@ class Segments:
         """As `sum`, divided by the number of kept tokens (at least 1)."""
         return self.sum(x) / self.sum(torch.ones_like(x)).clamp(min=1)
 
+    def greatest(self, x: Tensor) -> Tensor:
+        """`[T]` to `[T]`, not differentiated: the greatest of the kept tokens of the segment; a
+        token that is not kept gets its own.
+        """
+        x = x.detach()
+        least = torch.where(self.kept, x, x.new_full((), -torch.inf))
+        found = least.new_full((self.count,), -torch.inf).scatter_reduce(
+            0, self.index, least, "amax"
+        )
+        return torch.where(self.kept, found[self.index], x)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFields:
@@ -103,6 +114,18 @@ class Tokens:
     def seq_mean(self, x: Tensor) -> Tensor:
         """`[T]` to `[T]`: each token gets the mean over the unmasked tokens of its sequence."""
         return self._wanted("seq_offsets", self._seq).mean(x)
+
+    def seq_max(self, x: Tensor) -> Tensor:
+        """`[T]` to `[T]`: each unmasked token gets the greatest of its sequence; no gradient."""
+        return self._wanted("seq_offsets", self._seq).greatest(x)
+
+    def seq_min(self, x: Tensor) -> Tensor:
+        """`[T]` to `[T]`: each unmasked token gets the least of its sequence; no gradient."""
+        return -self.seq_max(-x)
+
+    def group_sum(self, x: Tensor) -> Tensor:
+        """`[T]` to `[T]`: each token gets the sum over the unmasked tokens of its group."""
+        return self._wanted("group_offsets", self._group).sum(x)
 
     def group_mean(self, x: Tensor) -> Tensor:
         """`[T]` to `[T]`: each token gets the mean over the unmasked tokens of its group."""

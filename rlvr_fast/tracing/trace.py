@@ -63,8 +63,8 @@ def trace(objective: Objective) -> Traced | None:
     """Traces an objective, once per structure: its types, nesting and all fields but floats.
 
     Returns:
-        None if the objective is not pointwise over tokens (it calls `seq_mean`, `seq_sum` or
-        `group_mean`, or an op the kernels do not know), or has a field that cannot be hashed.
+        None if the objective is not pointwise over tokens (it calls `seq_sum`, `group_sum`
+        or their kin, or an op the kernels do not know), or has a field that cannot be hashed.
     """
     try:
         structure = _structure(objective)
@@ -205,7 +205,7 @@ class _EveryField(Tokens):
     def seq_sum(self, x: Tensor) -> Tensor:
         raise NotPointwise("a sum over tokens")
 
-    seq_mean = group_mean = seq_sum
+    seq_mean = seq_max = group_sum = group_mean = seq_sum
 
 
 class AnyExtra(Mapping[str, Tensor]):

@@ -21,8 +21,8 @@ _SIZE = 3
 def vanishes(objective: Objective) -> bool:
     """True if the gradient of every token is exactly zero where all advantages it sees are.
 
-    Those it sees are its own, and for an objective that calls `t.seq_mean`, `t.seq_sum` or
-    `t.group_mean` those of its sequence or group. Found by following the zeros through the traced
+    Those it sees are its own, and for an objective that calls `t.seq_sum`, `t.group_sum` and their
+    kin those of its sequence or group. Found by following the zeros through the traced
     gradient, so for all values of the other fields that are finite. An objective that cannot be
     followed gives False.
     """
@@ -79,7 +79,7 @@ class _LinearSegments(Tokens):
     def seq_sum(self, x: Tensor) -> Tensor:
         return x * 2.0
 
-    seq_mean = group_mean = seq_sum
+    seq_mean = seq_max = group_sum = group_mean = seq_sum
 
 
 def _is_zero(graph: fx.GraphModule, node: fx.Node, zero: set[fx.Node]) -> bool:
