@@ -7,7 +7,9 @@
 #include <type_traits>
 
 #include "accumulate.h"
+#include "decoder_bindings.h"
 #include "divergence.h"
+#include "generation_bindings.h"
 #include "group_advantages.h"
 #include "linear.h"
 #include "logprobs.h"
@@ -211,6 +213,8 @@ void bind_group_advantages(const Floats& rewards, const Ints& offsets, int scale
 
 PYBIND11_MODULE(_C, m) {
   using py::arg;
+  rlvr::bind_decoder(m);
+  rlvr::bind_generation(m);
   m.def("logprobs_fwd", &rlvr::bind_logprobs_fwd, arg("logits").noconvert(),
         arg("targets").noconvert(), arg("scale"), arg("cap"), arg("stats").noconvert(),
         arg("threads"));

@@ -80,3 +80,68 @@ def group_advantages(
     eps: float,
     advantages: NDArray[np.float32],
 ) -> None: ...
+def sample(
+    logits: NDArray[Any],
+    noise: NDArray[np.float64] | None,
+    scale: float,
+    cap: float,
+    tokens: NDArray[np.int64],
+    logp: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+def decode_attention(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    prompt_keys: NDArray[Any],
+    prompt_values: NDArray[Any],
+    own_keys: NDArray[Any],
+    own_values: NDArray[Any],
+    prompt: NDArray[np.int64],
+    own: NDArray[np.int64],
+    length: NDArray[np.int64],
+    used: int,
+    scale: float,
+    out: NDArray[Any],
+    threads: int,
+) -> None: ...
+def rms_norm_fwd(
+    x: NDArray[Any],
+    added: NDArray[Any] | None,
+    weight: NDArray[Any],
+    eps: float | None,
+    total: NDArray[Any] | None,
+    normed: NDArray[Any],
+    rstd: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+def rms_norm_bwd(
+    total: NDArray[Any],
+    weight: NDArray[Any],
+    rstd: NDArray[np.float32],
+    d_normed: NDArray[Any],
+    d_total: NDArray[Any] | None,
+    d_x: NDArray[Any],
+    d_added: NDArray[Any] | None,
+    d_weight: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+def gated_fwd(
+    gate: NDArray[Any], up: NDArray[Any], product: NDArray[Any], threads: int
+) -> None: ...
+def gated_bwd(
+    gate: NDArray[Any],
+    up: NDArray[Any],
+    d_product: NDArray[Any],
+    d_gate: NDArray[Any],
+    d_up: NDArray[Any],
+    threads: int,
+) -> None: ...
+def rotate(
+    x: NDArray[Any],
+    cosine: NDArray[Any],
+    sine: NDArray[Any],
+    sign: float,
+    turned: NDArray[Any],
+    threads: int,
+) -> None: ...

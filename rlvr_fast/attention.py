@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlvr_fast import fused_layers
 from rlvr_fast.attention_plans import BlockPlan as BlockPlan
 from rlvr_fast.attention_plans import Plan as Plan
 from rlvr_fast.attention_plans import plan_blocks as plan_blocks
@@ -113,6 +114,7 @@ def install(model: PreTrainedModel) -> None:
             f"got {config.model_type} with {', '.join(sorted(kinds))}"
         )
     model.set_attn_implementation(NAME)
+    fused_layers.install(model)
 
 
 def _check_window(model: PreTrainedModel, longest: int) -> None:

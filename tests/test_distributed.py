@@ -123,8 +123,10 @@ def updates(folder):
 
 @pytest.mark.parametrize("split", [False, True], ids=["replicated", "split"])
 @pytest.mark.parametrize("name", UPDATES)
-def test_an_update_is_that_of_one_process(updates, name, split):
+def test_an_update_is_that_of_one_process(updates, name, split, monkeypatch):
     place = list(UPDATES).index(name) * 2 + split
+    if split:  # Split layers are transformers' own, which round elsewhere than the fused ones.
+        monkeypatch.setattr("rlvr_fast.fused_layers.install", lambda model: None)
     wanted, weights = update(ALONE, False, UPDATES[name])
 
     for found, moved in (rank[place] for rank in updates):

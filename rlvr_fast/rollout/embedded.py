@@ -15,12 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlvr_fast import attention, models
 from rlvr_fast.ops import wide_linear
-from rlvr_fast.ops.transform import LogitTransform, transformed
+from rlvr_fast.ops.sample import sample
+from rlvr_fast.ops.transform import LogitTransform
+from rlvr_fast.ops.workspace import scratch
 from rlvr_fast.packed import Sample, pack
 from rlvr_fast.rollout import Completion, SamplingParams
-from rlvr_fast.rollout.kv_cache import KeyValueCache, Prefill
+from rlvr_fast.rollout.kv_cache import Batch, Cache, Prefill
 
-_ROWS_AT_ONCE = 32  # Their fp32 logits stay in the CPU's cache while the tokens are drawn.
+_ROWS_AT_ONCE = 128  # Enough for the product, and few enough that their logits take 25 to 78 MB.
 
 
 class _Row(NamedTuple):
@@ -33,7 +35,7 @@ class EmbeddedEngine:
 
     Args:
         model: a folder or hub id, see `models.resolve`.
-        dtype: of the copy; its cache is fp32.
+        dtype: of the copy and, on a CPU, of its cache.
         device: where the copy lives.
         head_dtype: of the logits, which fp32 softmax and sampling start from: fp32 or `dtype`. None
             as for `policy_loss`: fp32 where that costs no time. fp32 on a CPU without avx512_bf16
@@ -182,9 +184,7 @@ class EmbeddedEngine:
             hidden = attention.run(self._model, tokens[:, None], positions[:, None], cache)[:, 0]
         return written.completions()
 
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int
-    ) -> tuple[KeyValueCache, Tensor]:
+    def _prefill(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[Cache, Tensor]:
         """A cache with all rows' prompts, and `[R, D]` hidden states of their last tokens."""
         distinct = [p for i, p in enumerate(prompts) if i == 0 or p is not prompts[i - 1]]
         changes = [i > 0 and p is not prompts[i - 1] for i, p in enumerate(prompts)]
@@ -196,16 +196,11 @@ class EmbeddedEngine:
         last = begin + length - prefix - 1
         place = torch.minimum(torch.arange(int(length.max())), length[:, None] - 1)
         source = torch.where(place < prefix, place, begin[:, None] + place - prefix)
-        cache = KeyValueCache(prompt_of_row, length.to(self._device), max_tokens)
-        plan = Prefill(
-            blocks=attention.plan_pack(packed),
-            source=source.to(self._device),
-            rows=len(prompts),
-            cache=cache,
-        )
+        batch = Batch(prompt_of_row, length.to(self._device), max_tokens)
+        plan = Prefill(attention.plan_pack(packed), source.to(self._device), batch)
         ids, positions = packed.input_ids[None], packed.position_ids[None]
         hidden = attention.run(self._model, ids, positions, plan)[0]
-        return cache, hidden[last.to(self._device)][prompt_of_row]
+        return plan.cache, hidden[last.to(self._device)][prompt_of_row]
 
 
 class _Head:
@@ -232,10 +227,8 @@ class _Head:
             logit_scale=self._settings.logit_scale,
         )
         drawn = [
-            _sample(transformed(some, transform.scale, transform.cap), u if temperature else None)
-            for some, u in zip(
-                self._logits(hidden).split(_ROWS_AT_ONCE), noise.split(_ROWS_AT_ONCE), strict=True
-            )
+            sample(self._logits(some), u if temperature else None, transform)
+            for some, u in zip(hidden.split(_ROWS_AT_ONCE), noise.split(_ROWS_AT_ONCE), strict=True)
         ]
         tokens, logp = zip(*drawn, strict=True)
         return torch.cat(tokens), torch.cat(logp)
@@ -247,24 +240,9 @@ class _Head:
         if hidden.is_cuda:
             logits = torch.mm(hidden, weight.t(), torch.float32)
             return logits if bias is None else logits + bias
-        out = torch.empty(len(hidden), len(weight))
+        out = scratch("logits", (len(hidden), len(weight)), torch.float32, hidden.device)
         wide_linear.wide_linear(hidden, weight, bias, out, torch.get_num_threads())
         return out
-
-
-def _sample(logits: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token per row of fp32 logits and its log-probability; without noise the likeliest."""
-    top, likeliest = logits.max(-1, keepdim=True)
-    mass = (logits - top).exp_().cumsum(-1)
-    total = mass[:, -1:]
-    if noise is None:
-        tokens = likeliest
-    else:
-        # In (0, 1]: a token without any mass is never the first to reach the mark.
-        marks = (total * (1 - noise[:, None])).to(mass.dtype)
-        tokens = torch.searchsorted(mass, marks).clamp(max=logits.shape[1] - 1)
-    logp = logits.gather(1, tokens) - top - total.log()
-    return tokens.squeeze(1), logp.squeeze(1)
 
 
 def _move(module: torch.nn.Module, device: torch.device | str) -> None:

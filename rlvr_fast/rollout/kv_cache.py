@@ -1,17 +1,96 @@
 """Keys and values of rows that continue shared prompts, and the attention of one token per row.
 
 A prompt is stored once and answers the queries of all its rows in one product; each row has its
-own columns for what it wrote. Everything is fp32: on a CPU that is also the fastest.
+own columns for what it wrote.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlvr_fast.attention import Plan
+from rlvr_fast.ops import decode_attention as block_op
+
+
+class Batch(NamedTuple):
+    """The rows that a cache is for."""
+
+    prompt_of_row: Tensor
+    """`[R]` int64, which prompt each row continues; ascending."""
+    prompt_lengths: Tensor
+    """`[P]` int64."""
+    capacity: int
+    """Tokens that a row may add."""
+
+
+class Cache(Plan, Protocol):
+    """The state of `R` rows between two tokens; a plan for `[R, 1]` tokens."""
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        """A layer: of the prompts `[P, K, width, d]`, what is past their lengths arbitrary."""
+
+    def grow(self) -> None:
+        """Opens a column, which the next `attend` of each layer fills."""
+
+    def drop(self, ended: Tensor) -> Tensor:
+        """Takes rows out.
+
+        Args:
+            ended: `[R]` bool, not all true.
+
+        Returns:
+            The remaining rows by their former number, in their new order.
+        """
+
+
+class BlockCache:
+    """A `Cache` for the C++ attention, in the model's dtype: rows that leave move no others."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._layers: list[tuple[block_op.Cached, block_op.Cached]] = []
+        count = len(batch.prompt_of_row)
+        own = torch.arange(count)
+        self._rows = block_op.DecodeRows(batch.prompt_of_row, own, batch.prompt_lengths)
+        self._count, self._blocks = count, block_op.blocks(batch.capacity)
+        self._width = int(batch.prompt_lengths.max())
+        self._used = 0
+
+    @property
+    def longest(self) -> int:
+        return self._width + self._used
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        surplus = (0, 0, 0, -keys.shape[2] % block_op.BLOCK)
+        prompts = block_op.cached(F.pad(keys, surplus), F.pad(values, surplus))
+        _, heads, _, size = keys.shape
+        shape = (self._count, heads, self._blocks)
+        own = block_op.Cached(
+            torch.empty(*shape, size, block_op.BLOCK, dtype=keys.dtype),
+            torch.empty(*shape, block_op.BLOCK, size, dtype=keys.dtype).flatten(2, 3),
+        )
+        self._layers.append((prompts, own))
+
+    def grow(self) -> None:
+        self._used += 1
+
+    def drop(self, ended: Tensor) -> Tensor:
+        kept = (~ended).nonzero()[:, 0]
+        prompt, own, lengths = self._rows
+        self._rows = block_op.DecodeRows(prompt[kept], own[kept], lengths)
+        return kept
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float
+    ) -> Tensor:
+        prompts, own = self._layers[layer]
+        heads = (query[:, :, 0], key[:, :, 0], value[:, :, 0])
+        output = block_op.decode_attention(
+            heads, prompts, own, self._rows, used=self._used, scale=scale
+        )
+        return output[:, None]
 
 
 class _Layer(NamedTuple):
@@ -23,21 +102,15 @@ class _Layer(NamedTuple):
     values: Tensor
 
 
-class KeyValueCache:
-    """The state of `R` rows between two tokens; an `attention.Plan` for `[R, 1]` tokens.
+class PlainCache:
+    """A `Cache` for any device and dtype, in fp32; rows from the end move into gaps."""
 
-    Args:
-        prompt_of_row: `[R]` int64, which prompt each row continues.
-        prompt_lengths: `[P]` int64.
-        capacity: tokens that a row may add.
-    """
-
-    def __init__(self, prompt_of_row: Tensor, prompt_lengths: Tensor, capacity: int) -> None:
+    def __init__(self, batch: Batch) -> None:
         self.layers: list[_Layer] = []
-        self.capacity = capacity
-        self._prompt_of_row = prompt_of_row
-        self._prompt_lengths = prompt_lengths
-        self._width = int(prompt_lengths.max())
+        self.capacity = batch.capacity
+        self._prompt_of_row = batch.prompt_of_row
+        self._prompt_lengths = batch.prompt_lengths
+        self._width = int(batch.prompt_lengths.max())
         self._used = 0
         self._regroup()
 
@@ -45,19 +118,15 @@ class KeyValueCache:
     def longest(self) -> int:
         return self._width + self._used
 
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        shape = (len(self._prompt_of_row), keys.shape[1], self.capacity)
+        own = [torch.empty(*shape, x.shape[3], device=x.device) for x in (keys, values)]
+        self.layers.append(_Layer(keys.float(), values.float(), *own))
+
     def grow(self) -> None:
-        """Opens a column, which the next `attend` of each layer fills."""
         self._used += 1
 
     def drop(self, ended: Tensor) -> Tensor:
-        """Takes rows out; rows from the end move into their places.
-
-        Args:
-            ended: `[R]` bool, not all true.
-
-        Returns:
-            The remaining rows by their former number, in their new order.
-        """
         written = [x[:, :, : self._used] for layer in self.layers for x in layer[2:]]
         order = _close_gaps(ended, written)
         self._prompt_of_row = self._prompt_of_row[order]
@@ -115,29 +184,35 @@ class KeyValueCache:
         return placed.flatten(0, 1)[self._place_of_row]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Prefill:
-    """Attention within the prompts, which leaves their keys and values in a cache."""
+    """Attention within the prompts, which leaves their keys and values in `cache`.
 
-    blocks: Plan
-    source: Tensor
-    """`[P, width]` int64: the token of the pack at each place of a prompt, surplus ones any."""
-    rows: int
-    cache: KeyValueCache
+    Args:
+        blocks: the plan of the pack that the prompts are in.
+        source: `[P, width]` int64, the token of the pack at each place of a prompt, surplus ones
+            any.
+        batch: the rows to come.
+    """
+
+    cache: Cache
+    """There as soon as the first layer has run."""
+
+    def __init__(self, blocks: Plan, source: Tensor, batch: Batch) -> None:
+        self._blocks, self._source, self._batch = blocks, source, batch
 
     @property
     def longest(self) -> int:
-        return self.blocks.longest
+        return self._blocks.longest
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float
     ) -> Tensor:
-        assert layer == len(self.cache.layers)
-        prompts = [x[0][:, self.source].transpose(0, 1).float().contiguous() for x in (key, value)]
-        shape = (self.rows, key.shape[1], self.cache.capacity, key.shape[3])
-        own = [torch.empty(shape, device=key.device) for _ in range(2)]
-        self.cache.layers.append(_Layer(*prompts, *own))
-        return self.blocks.attend(layer, query, key, value, scale=scale, dropout=dropout)
+        if layer == 0:
+            alike = key.shape == value.shape and query.dtype == key.dtype == value.dtype
+            fits = alike and block_op.supported(key)
+            self.cache = BlockCache(self._batch) if fits else PlainCache(self._batch)
+        self.cache.add(*(x[0][:, self._source].transpose(0, 1).contiguous() for x in (key, value)))
+        return self._blocks.attend(layer, query, key, value, scale=scale, dropout=dropout)
 
 
 def _close_gaps(gone: Tensor, tensors: Iterable[Tensor]) -> Tensor:

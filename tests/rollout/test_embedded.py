@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from rlvr_fast import models
-from rlvr_fast.rollout import SamplingParams
+from rlvr_fast.rollout import SamplingParams, kv_cache
 from rlvr_fast.rollout.embedded import EmbeddedEngine
 
 PROMPTS = [[5, 9, 33], [7], [8, 60, 61, 62, 63, 64, 65, 66], [12, 12], [90, 80, 70, 60, 50]]
@@ -144,6 +144,35 @@ def test_rows_that_leave_do_not_disturb_those_that_stay(folder, stock):
         for completion in group:
             wanted = _stock_logp(stock, prompt, completion.token_ids, 1)
             torch.testing.assert_close(torch.tensor(completion.logp), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache_tokens", [40, 65536])
+def test_the_plain_cache_gives_the_completions_of_the_compiled_one(
+    folder, monkeypatch, cache_tokens
+):
+    GenerationConfig(eos_token_id=list(range(4, 100, 6))).save_pretrained(folder)
+    sampling = SamplingParams(max_tokens=24, n=6)
+    try:
+        engine = EmbeddedEngine(folder, dtype=torch.float32, cache_tokens=cache_tokens)
+    finally:
+        GenerationConfig(eos_token_id=2).save_pretrained(folder)
+    used = []
+    for kind in (kv_cache.BlockCache, kv_cache.PlainCache):
+        attend = kind.attend
+        monkeypatch.setattr(
+            kind, "attend", lambda *a, _of=attend, **k: used.append(_of) or _of(*a, **k)
+        )
+
+    compiled = engine.generate(PROMPTS, sampling)
+    assert len(set(used)) == 1
+    monkeypatch.setattr("rlvr_fast.ops.decode_attention.supported", lambda _: False)
+    plain = engine.generate(PROMPTS, sampling)
+
+    assert len(set(used)) == 2
+    for ones, others in zip(compiled, plain, strict=True):
+        for one, other in zip(ones, others, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.logp == pytest.approx(other.logp, abs=1e-4)
 
 
 def test_ids_past_the_tokenizers_are_never_sampled(folder, tmp_path):
