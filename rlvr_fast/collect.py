@@ -153,9 +153,10 @@ class Collector:
             case Overlong.MASK if not rollout.finished:
                 return replace(rollout, loss_mask=[0] * length)
             case Overlong.PENALTY:
-                # 2503.14476, equation 13
-                over = length - (config.max_completion_tokens - config.overlong_buffer)
-                return replace(rollout, penalty=max(0.0, over / config.overlong_buffer))
+                # 2503.14476, equation 13, whose buffer is a fifth of the limit
+                limit = config.max_completion_tokens
+                buffer = config.overlong_buffer or max(1, limit // 5)
+                return replace(rollout, penalty=max(0.0, (length - (limit - buffer)) / buffer))
         return rollout
 
 

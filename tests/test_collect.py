@@ -138,6 +138,20 @@ def test_the_overlong_penalty_falls_linearly_over_the_buffer():
     assert [rollout.advantage > 0 for rollout in group] == [True, True, True, False]
 
 
+def test_a_buffer_that_nobody_named_is_a_fifth_of_the_limit():
+    made, _ = collector(
+        overlong="penalty",
+        max_completion_tokens=10,
+        samples_per_prompt=10,
+        examples=[2],
+        prompts_per_step=1,
+    )
+
+    (group,) = made.batch(1, 0).groups
+
+    assert [rollout.penalty for rollout in group] == [0.0] * 8 + [0.5, 1.0]
+
+
 def test_group_sizes_may_differ_from_prompt_to_prompt():
     made, _ = collector(prompts_per_step=4)
     made._task = replace(made._task, train=[Example(str(n), samples=n or None) for n in range(4)])

@@ -79,8 +79,9 @@ class TrainConfig:
     """How often a batch may sample other prompts in place of groups without a signal; 0: never."""
     overlong: Overlong = Overlong.KEEP
     """Completions that are cut off: keep them, mask their tokens, or penalty (soft, see buffer)."""
-    overlong_buffer: int = 0
-    """With overlong = penalty: over so many last tokens the reward falls linearly by 1."""
+    overlong_buffer: int | None = None
+    """With overlong = penalty: over so many last tokens the reward falls linearly by 1; none: a
+    fifth of max_completion_tokens, at least 1."""
     system_prompt: str = ""
     """Put before every chat as a system message; empty: none."""
     tokens_per_microbatch: int = 8192
@@ -175,10 +176,8 @@ class TrainConfig:
             check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         check(self, "seed", self.seed < 2**32, "< 2**32")
         check(self, "warmup_steps", self.warmup_steps <= self.steps, f"<= steps, {self.steps}")
-        buffer = self.overlong is not Overlong.PENALTY or self.overlong_buffer >= 1
-        check(self, "overlong_buffer", buffer, ">= 1 with overlong = penalty")
         longest = self.max_completion_tokens
-        fits = self.overlong_buffer <= longest
+        fits = self.overlong_buffer is None or self.overlong_buffer <= longest
         check(self, "overlong_buffer", fits, f"<= max_completion_tokens, {longest}")
         free = not (self.pipeline and self.engine_sleeps)
         check(self, "engine_sleeps", free, "false with pipeline, whose engine always works")
@@ -199,6 +198,7 @@ _COUNTS = (
     "prompts_per_step",
     "samples_per_prompt",
     "max_completion_tokens",
+    "overlong_buffer",
     "tokens_per_microbatch",
     "updates_per_batch",
     "logits_budget",
@@ -218,7 +218,6 @@ _NOT_NEGATIVE = (
     "log_completions",
     "refill_rounds",
     "lora_rank",
-    "overlong_buffer",
 )
 
 FREE_ON_RESUME = frozenset(
