@@ -42,6 +42,12 @@ def importance_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
     return torch.exp((logp - old_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
+def sequence_ratio(t: Tokens) -> Tensor:
+    """`exp(mean_t log r)`, with the gradient of each token's own log-probability."""
+    gap = t.seq_mean((t.logp - t.old_logp).detach())
+    return importance_ratio(gap, torch.zeros(())) * torch.exp(t.logp - t.logp.detach())
+
+
 def clipped(ratio: Tensor, advantage: Tensor, low: Bound, high: Bound) -> Tensor:
     """`-min(r A, clip(r, low, high) A)`: PPO (1707.06347), equation 7."""
     return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
@@ -131,9 +137,7 @@ class SequenceClippedSurrogate(Objective):
     """The sequence ratio counts up to `1 + clip_high`."""
 
     def token_loss(self, t: Tokens) -> Tensor:
-        seq_ratio = importance_ratio(t.seq_mean((t.logp - t.old_logp).detach()), torch.zeros(()))
-        ratio = seq_ratio * torch.exp(t.logp - t.logp.detach())
-        return clipped(ratio, t.advantage, 1 - self.clip_low, 1 + self.clip_high)
+        return clipped(sequence_ratio(t), t.advantage, 1 - self.clip_low, 1 + self.clip_high)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -199,8 +199,10 @@ class Optimiser:
     def backward(self, packed: Packed) -> Microbatch:
         """Adds the microbatch's gradient to every parameter."""
         found = self._pass(packed)
+        # Rows without a gradient are scored only now, and split weights are whole until backward.
+        logp = found.logp
         found.loss.backward()
-        return Microbatch(found.loss.detach(), found.logp, found.metrics)
+        return Microbatch(found.loss.detach(), logp, found.metrics)
 
     def apply(self) -> float:
         """Clips, updates and forgets the gradient; gives its norm before clipping.

@@ -185,6 +185,8 @@ def _teacher(groups: Sequence[Sequence[Sample]], share_prompts: bool) -> Packed 
         raise ValueError(
             f"teacher_prompt_ids: wanted them on every sample or on none, got {missing} without"
         )
+    if not all(prompt is not None and len(prompt) for prompt in prompts):
+        raise ValueError("teacher_prompt_ids: wanted at least one token, got none")
     seen = [
         [
             Sample(
@@ -243,7 +245,10 @@ def _per_token(name: str, value: object, default: float, sample: Sample) -> Sequ
         return [default] * length
     if isinstance(value, int | float):
         return [value] * length
-    assert isinstance(value, Sequence)
+    if not isinstance(value, Sequence):
+        raise ValueError(
+            f"{name}: wanted a number or one per completion token, got {type(value).__name__}"
+        )
     if len(value) != length:
         raise ValueError(
             f"{name}: wanted one value per completion token, {length}, got {len(value)}"

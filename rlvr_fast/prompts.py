@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlvr_fast.tasks import Example
+from rlvr_fast.tasks import Prompt as Asked
 
 _SMALLEST_SHARE = 1e-4  # of a task; the blocks of the order grow with its inverse
 
@@ -65,7 +66,7 @@ class Prompts(Sequence[Prompt]):
     def __getitem__(self, index: int) -> Prompt:  # type: ignore[override]
         if index not in self._encoded:
             example = self._examples[index]
-            ids = self._encode(example)
+            ids = self.encode(example.prompt)
             self._encoded[index] = Prompt(index=index, example=example, ids=ids)
         return self._encoded[index]
 
@@ -84,15 +85,20 @@ class Prompts(Sequence[Prompt]):
             raise ValueError(f"take: wanted position and count >= 0, got {position} and {count}")
         return [self[index] for index in self._order.indices(position, count)]
 
-    def _encode(self, example: Example) -> list[int]:
-        if isinstance(example.prompt, str):
+    def encode(self, prompt: Asked) -> list[int]:
+        """Token ids of any prompt, as those of the examples are made.
+
+        Raises:
+            ValueError: for a chat without a chat template, or a system prompt without a chat.
+        """
+        if isinstance(prompt, str):
             if self._system_prompt:
                 raise ValueError(
                     f"system_prompt: wanted a task whose prompts are chats, "
-                    f"got the plain text {example.prompt!r}"
+                    f"got the plain text {prompt!r}"
                 )
-            return list(self._tokenizer(example.prompt)["input_ids"])
-        messages = [dict(message) for message in example.prompt]
+            return list(self._tokenizer(prompt)["input_ids"])
+        messages = [dict(message) for message in prompt]
         if self._system_prompt:
             messages.insert(0, {"role": "system", "content": self._system_prompt})
         if self._tokenizer.chat_template is None:

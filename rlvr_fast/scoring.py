@@ -6,6 +6,7 @@ from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from rlvr_fast import parallel
 from rlvr_fast.config import TrainConfig
@@ -31,6 +32,10 @@ class PolicyScorer:
     @property
     def steps(self) -> int:
         return self.config.steps
+
+    @property
+    def temperature(self) -> float:
+        return self.config.temperature
 
     @property
     def updates(self) -> int:
@@ -104,7 +109,10 @@ class PolicyScorer:
 
     def _run(self, policy: Policy, function: Callable[[Packed], Value], packed: Packed) -> Value:
         """With a split model's weights whole."""
-        return parallel.scoring(policy.model, function)(packed)
+        found = parallel.scoring(policy.model, function)(packed)
+        if isinstance(policy.model, FSDPModule):
+            policy.model.reshard()  # After a pass it is the backward that does.
+        return found
 
 
 def _flat(groups: Sequence[Sequence[Sample]]) -> Iterator[Sample]:

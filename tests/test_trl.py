@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlvr_fast import aggregate, objectives
 from rlvr_fast.attention import head, hidden_states
+from rlvr_fast.methods.vespo import GammaWeightedGradient
 from rlvr_fast.models import resolve
 from rlvr_fast.objectives import Objective
 from rlvr_fast.ops.policy_loss import policy_loss
@@ -44,6 +45,12 @@ CASES: dict[str, Case] = {
         objectives.SequenceClippedSurrogate(clip_low=0.2, clip_high=0.28),
         aggregate.sequence_mean(LENGTHS),
     ),
+    "luspo": (
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+        objectives.SequenceClippedSurrogate(clip_low=0.2, clip_high=0.28),
+        aggregate.constant_length(LENGTHS, length=1),
+    ),
+    "vespo": ({"loss_type": "vespo"}, GammaWeightedGradient(), aggregate.token_mean(LENGTHS)),
     "with k3": (
         {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False},
         CLIPPED + objectives.KL3(coef=0.04),

@@ -116,7 +116,9 @@ class Tokens:
         return self._wanted("seq_offsets", self._seq).mean(x)
 
     def seq_max(self, x: Tensor) -> Tensor:
-        """`[T]` to `[T]`: each unmasked token gets the greatest of its sequence; no gradient."""
+        """`[T]` to `[T]`: each unmasked token gets the greatest of its sequence, a masked one
+        its own; no gradient.
+        """
         return self._wanted("seq_offsets", self._seq).greatest(x)
 
     def seq_min(self, x: Tensor) -> Tensor:
