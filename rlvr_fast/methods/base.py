@@ -98,16 +98,7 @@ class Method:
         """One group per prompt, of the size that the prompt's example asks for, without rewards
         yet.
         """
-        sizes = [prompt.example.samples or context.sampling.n for prompt in prompts]
-        groups: dict[int, list[Rollout]] = {}
-        for size in sorted(set(sizes)):
-            chosen = [i for i, wanted in enumerate(sizes) if wanted == size]
-            found = context.engine.generate(
-                [prompts[i].ids for i in chosen], replace(context.sampling, n=size)
-            )
-            for i, completions in zip(chosen, found, strict=True):
-                groups[i] = [as_rollout(context, prompts[i], each) for each in completions]
-        return [groups[i] for i in range(len(prompts))]
+        return sampled(context, prompts, group_sizes(context, prompts))
 
     def verify(self, context: Context, groups: Groups) -> Groups:
         """The same groups with a reward in every rollout."""
@@ -170,6 +161,24 @@ class Method:
                 raise ValueError(f"{name}: wanted >= 0, got {getattr(self, name)}")
 
 
+def group_sizes(context: Context, prompts: Sequence[Prompt]) -> list[int]:
+    """How many rollouts each prompt's example asks for."""
+    return [prompt.example.samples or context.sampling.n for prompt in prompts]
+
+
+def sampled(context: Context, prompts: Sequence[Prompt], sizes: Sequence[int]) -> Groups:
+    """One group of the engine's completions per prompt, of these sizes, each at least 1."""
+    groups: dict[int, list[Rollout]] = {}
+    for size in sorted(set(sizes)):
+        chosen = [i for i, wanted in enumerate(sizes) if wanted == size]
+        found = context.engine.generate(
+            [prompts[i].ids for i in chosen], replace(context.sampling, n=size)
+        )
+        for i, completions in zip(chosen, found, strict=True):
+            groups[i] = [as_rollout(context, prompts[i], each) for each in completions]
+    return [groups[i] for i in range(len(prompts))]
+
+
 def as_rollout(context: Context, prompt: Prompt, completion: Completion) -> Rollout:
     """A completion of the prompt as it stands."""
     return Rollout(
@@ -181,6 +190,29 @@ def as_rollout(context: Context, prompt: Prompt, completion: Completion) -> Roll
         finished=completion.finished,
         rollout_logp=completion.logp,
     )
+
+
+def written(context: Context, prompt: Prompt, text: str) -> Rollout:
+    """A completion by another author: the text and an end-of-sequence token.
+
+    It has no `rollout_logp`, and `off_policy` in its metadata. Like any completion it is cut off
+    at the sampling's `max_tokens`, and its text with it.
+
+    Raises:
+        ValueError: for a tokenizer without an end-of-sequence token.
+    """
+    tokenizer, most = context.tokenizer, context.sampling.max_tokens
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            "model: wanted one whose tokenizer has an end-of-sequence token, since the method "
+            "trains on given texts, got none"
+        )
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], int(end)]
+    rollout = as_rollout(
+        context, prompt, Completion(token_ids=ids[:most], logp=[], finished=len(ids) <= most)
+    )
+    return replace(rollout, rollout_logp=None, metadata={"off_policy": True})
 
 
 def verified(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:

@@ -40,6 +40,10 @@ class Scorer(Protocol):
         """Of the whole run."""
 
     @property
+    def temperature(self) -> float:
+        """Of sampling, and of the log-probabilities that are trained."""
+
+    @property
     def updates(self) -> int:
         """Optimiser updates on each batch."""
 
