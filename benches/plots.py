@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from benches import method_plots
+
 FLOOR, OURS = "floor: 3 GEMMs", "policy_loss"
 COLOURS = {
     FLOOR: "black",
@@ -263,4 +265,6 @@ PLOTS: dict[str, Callable[[Entries], Figure | None]] = {
     "floor": _distance,
     "errors": _errors,
     "skipping": _skipping,
+    "cost": method_plots.cost,
+    "learning": method_plots.learning,
 }

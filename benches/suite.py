@@ -1,9 +1,11 @@
 """`rlvr-fast bench`: every part that fits this machine, into a folder of results.
 
     python -m benches.suite [--out FOLDER] [--only PART] [--minutes N] [--quick]
+    python -m benches.suite methods [NAME ...] [the same options]
 
-Writes `<device>-<date>.json` and `.md` after every case and the plots at the end. A stopped run
-goes on where it was, as long as the sources are the same.
+The second measures what each method costs and what it learns, see `bench_methods.py`. Writes
+`<device>-<date>.json` and `.md` after every case and the plots at the end. A stopped run goes on
+where it was, as long as the sources are the same.
 """
 
 import argparse
@@ -16,26 +18,35 @@ from pathlib import Path
 
 import torch
 
-from benches import measure
+from benches import bench_methods, measure
 from benches.parts import PARTS, QUICK, SCALES, Case, Machine, Part
 from benches.peers import attempt
 from benches.report import Entry, Results
+from rlvr_fast.methods import METHODS
+from rlvr_fast.options import check_known
 
 FOLDER = Path(__file__).parent / "results"
-MINUTES = 10.0
+MINUTES, METHODS_MINUTES = 10.0, 60.0
 LEAST_SECONDS = 1.0
 ALSO = "python -m pytest benches/bench_trainer.py compares a training step with TRL's (minutes)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 1 if a case failed as a whole."""
-    chosen = options().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    of_methods = given[:1] == ["methods"]
+    chosen = (method_options() if of_methods else options()).parse_args(given[of_methods:])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = Results(chosen.out, device, today() + "-quick" * chosen.quick)
+    name = today() + "-methods" * of_methods + "-quick" * chosen.quick
+    results = Results(chosen.out, device, name)
     scale = (QUICK if chosen.quick else SCALES)[device]
     machine = Machine(device=device, scale=scale, rate=measure.gemm_rate(device))
     say(f"{results.data['machine']}; GEMM {machine.rate / 1e12:.2f} TFLOP/s")
-    parts = {name: PARTS[name] for name in chosen.only or PARTS}
+    known = PARTS
+    if of_methods:
+        size = bench_methods.QUICK if chosen.quick else bench_methods.FULL
+        known = bench_methods.parts(chosen.names, size)
+    parts = {name: known[name] for name in chosen.only or known}
     run_parts(results, machine, parts, seconds=60 * chosen.minutes)
     finish(results)
     say(ALSO)
@@ -47,16 +58,44 @@ def options() -> argparse.ArgumentParser:
         "rlvr-fast bench",
         description="Measures every part that fits this machine. A stopped run goes on where it "
         "was, as long as the sources are the same.",
-        epilog=f"Parts: {', '.join(PARTS)}.",
+        epilog=f"Parts: {', '.join(PARTS)}. `rlvr-fast bench methods [NAME ...]` measures what "
+        "each method costs and learns instead.",
     )
+    return with_common(parser, list(PARTS), MINUTES)
+
+
+def method_options() -> argparse.ArgumentParser:
+    parts = list(bench_methods.parts([], bench_methods.FULL))
+    parser = argparse.ArgumentParser(
+        "rlvr-fast bench methods",
+        description="Measures what each method costs over the baseline and what it learns on the "
+        "tiny task.",
+        epilog=f"Parts: {', '.join(parts)}.",
+    )
+    parser.add_argument("names", nargs="*", type=method_name, metavar="NAME", help="default: all")
+    return with_common(parser, parts, METHODS_MINUTES)
+
+
+def method_name(name: str) -> str:
+    try:
+        check_known("method", name, METHODS)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
+def with_common(
+    parser: argparse.ArgumentParser, parts: Sequence[str], minutes: float
+) -> argparse.ArgumentParser:
+    """With the options that both have."""
     parser.add_argument(
         "--out", type=Path, default=FOLDER, metavar="FOLDER", help=f"default: {FOLDER}"
     )
     parser.add_argument(
-        "--only", action="append", choices=list(PARTS), metavar="PART", help="may be repeated"
+        "--only", action="append", choices=parts, metavar="PART", help="may be repeated"
     )
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, metavar="N", help=f"about; default: {MINUTES:.0f}"
+        "--minutes", type=float, default=minutes, metavar="N", help=f"about; default: {minutes:.0f}"
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, a minute")
     return parser

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-USAGE = "bench [--out FOLDER] [--only PART] [--minutes N] [--quick]"
+USAGE = "bench [methods [NAME ...]] [--out FOLDER] [--only PART] [--minutes N] [--quick]"
 
 
 def run(arguments: list[str]) -> int:

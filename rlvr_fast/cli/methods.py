@@ -1,7 +1,6 @@
 """`rlvr-fast methods`: what can be trained, a line each; or one method with every option."""
 
 import inspect
-import sys
 from typing import TYPE_CHECKING
 
 from rlvr_fast import options
@@ -20,6 +19,7 @@ def run(arguments: list[str]) -> int:
     if len(arguments) > 1:
         raise ValueError(f"methods: wanted at most one name, got {' '.join(arguments)}")
     from rlvr_fast.methods import METHODS
+    from rlvr_fast.methods.table import summary
 
     if arguments:
         options.check_known("method", arguments[0], METHODS)
@@ -28,23 +28,21 @@ def run(arguments: list[str]) -> int:
     width = max(map(len, METHODS))
     for name, kind in METHODS.items():
         mark = "*" if kind.paper.reconstructed else " "
-        say(f"{name:<{width}} {mark} {_summary(kind)}")
+        say(f"{name:<{width}} {mark} {summary(kind)}")
     say("\n* some of it is ours, since no source says it: rlvr-fast methods NAME")
     return 0
 
 
-def _summary(kind: "type[Method]") -> str:
-    return str(sys.modules[kind.__module__].__doc__).partition("\n")[0]
-
-
 def _described(kind: "type[Method]") -> str:
+    from rlvr_fast.methods.table import summary
+
     paper = kind.paper
     ours = [f"Ours, since no source says it: {each}" for each in paper.reconstructed]
     settings = [f"--{name} {value} unless you say otherwise" for name, value in
                 kind.settings.items()]  # fmt: skip
     return "\n".join(
         [
-            _summary(kind),
+            summary(kind),
             "",
             inspect.getdoc(kind) or "",
             "",

@@ -144,7 +144,7 @@ def asks_for_scores(kind: type[Method]) -> bool:
 def fused(objective: Objective | Distillation) -> tuple[str, str]:
     """How it is computed, and why so."""
     if isinstance(objective, Distillation):
-        return "distillation", f"reads two distributions ({objective.kind.value})"
+        return "distillation", f"reads two distributions ({objective.kind.name.lower()})"
     seen = level(objective)
     if seen is not Level.TOKEN:
         return CUT[seen], SEEN[seen]
