@@ -1,13 +1,11 @@
 """Runs on two real processes. Run as a program, this file is one of them."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_two
 
 from rlvr_fast import config as configs
 from rlvr_fast import metrics, models, parallel
@@ -78,7 +76,8 @@ def tiny(folder: Path, **overrides: object):
     return configs.load("tiny", given | overrides)
 
 
-def main(folder: Path) -> None:
+def main(out: Path) -> None:
+    folder = out.parent
     torch.set_num_threads(1)
     with parallel.join("cpu") as world:
         updates = [update(world, s, given) for given in UPDATES.values() for s in (False, True)]
@@ -87,32 +86,14 @@ def main(folder: Path) -> None:
             train(tiny(folder / f"{name} in two", steps=2, **overrides))
             train(tiny(folder / f"{name} in two", **overrides), resume=True)
         train(tiny(folder / "ahead", pipeline=True, mismatch_correction="token_truncate"))
-    torch.save(updates, folder / f"{world.rank}.pt")
+    torch.save(updates, out)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the two processes have left their runs and updates."""
     folder = tmp_path_factory.mktemp("ranks")
-    models.resolve("tiny")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    common = {
-        "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [each.wait(timeout=180) for each in running] == [0, 0]
-    finally:
-        for each in running:
-            each.kill()
+    run_two(__file__, folder)
     return folder
 
 

@@ -4,15 +4,13 @@ Run as a program, this file is one of two processes that share a model.
 """
 
 import copy
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import transformers
+from ranks import run_two
 from torch.distributed.tensor import DTensor
 
 from rlvr_fast import config as configs
@@ -339,27 +337,7 @@ def main(out: str) -> None:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """What each of the two found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    models.resolve("tiny")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    common = {
-        "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
-    outs = [folder / f"{rank}.pt" for rank in range(2)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(out)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank, out in enumerate(outs)
-    ]
-    try:
-        assert [each.wait(timeout=180) for each in running] == [0, 0]
-    finally:
-        for each in running:
-            each.kill()
+    outs = run_two(__file__, tmp_path_factory.mktemp("ranks"))
     return [torch.load(out) for out in outs]
 
 
