@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
 #include "row_sweep.h"
+#include "small_products.h"
 #include "vector_math.h"
 
 namespace rlvr {
@@ -17,65 +17,10 @@ constexpr std::int64_t kQueries = 32;
 // Tokens whose values are converted to float at a time.
 constexpr std::int64_t kStrip = 4 * kTokens;
 
-// A tile of a product has kRows x kVectors accumulators: 16 of the 32 registers.
-constexpr int kLanes = 16;
-constexpr int kRows = 8;
-constexpr int kVectors = 2;
-static_assert(kTokens == kLanes, "a block of keys is a tile wide");
+static_assert(kTokens == kLanes, "a block of keys is as wide as a product's columns");
 
-template <class T>
-struct Rectangle {
-  T* data;
-  std::int64_t stride;
-  Rectangle row(std::int64_t r) const { return {data + r * stride, stride}; }
-  Rectangle from(std::int64_t column) const { return {data + column, stride}; }
-  operator Rectangle<const T>() const { return {data, stride}; }
-};
 using In = Rectangle<const float>;
 using Out = Rectangle<float>;
-
-template <int R, int C>
-RLVR_INLINE void multiply_tile(In a, In b, std::int64_t depth, Out out) {
-  float sums[R][C * kLanes];
-  for (int r = 0; r < R; ++r) {
-#pragma omp simd
-    for (int c = 0; c < C * kLanes; ++c) sums[r][c] = out.data[r * out.stride + c];
-  }
-  for (std::int64_t k = 0; k < depth; ++k) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const float x = a.data[r * a.stride + k];
-#pragma omp simd
-      for (int c = 0; c < C * kLanes; ++c) sums[r][c] += x * b.data[k * b.stride + c];
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-#pragma omp simd
-    for (int c = 0; c < C * kLanes; ++c) out.data[r * out.stride + c] = sums[r][c];
-  }
-}
-
-template <int R>
-RLVR_INLINE void multiply_rows(In a, In b, std::int64_t depth, std::int64_t columns, Out out) {
-  std::int64_t c = 0;
-  for (; c + kVectors * kLanes <= columns; c += kVectors * kLanes) {
-    multiply_tile<R, kVectors>(a, b.from(c), depth, out.from(c));
-  }
-  for (; c < columns; c += kLanes) {
-    multiply_tile<R, 1>(a, b.from(c), depth, out.from(c));
-  }
-}
-
-// out [rows, columns] += a [rows, depth] b [depth, columns], columns a multiple of kLanes. An
-// element is one chain of sums over depth, whatever the tile it is in.
-RLVR_CLONES void multiply(In a, In b, std::int64_t rows, std::int64_t depth, std::int64_t columns,
-                          Out out) {
-  std::int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    multiply_rows<kRows>(a.row(r), b, depth, columns, out.row(r));
-  for (; r + 3 <= rows; r += 3) multiply_rows<3>(a.row(r), b, depth, columns, out.row(r));
-  for (; r < rows; ++r) multiply_rows<1>(a.row(r), b, depth, columns, out.row(r));
-}
 
 // Memory of one thread.
 struct Scratch {
@@ -91,16 +36,6 @@ struct Scratch {
     numbers.resize(kStrip * size);
   }
 };
-
-template <class T>
-const float* as_floats(const T* x, std::int64_t size, std::vector<float>& numbers) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x;
-  } else {
-    read_block(x, size, {1.0f, 0.0f}, numbers.data());
-    return numbers.data();
-  }
-}
 
 std::int64_t blocks_of(std::int64_t tokens) { return (tokens + kTokens - 1) / kTokens; }
 
@@ -127,7 +62,7 @@ void score(Sequence<T> from, In query, std::int64_t count, std::int64_t size, Ou
   const std::int64_t blocks = blocks_of(from.tokens);
   for (std::int64_t b = 0; b < blocks; ++b) {
     const float* keys = as_floats(from.keys + b * kTokens * size, kTokens * size, numbers);
-    multiply(query, {keys, kTokens}, count, size, kTokens, scores.from(b * kTokens));
+    multiply(query, {keys, kTokens}, {count, size, kTokens}, scores.from(b * kTokens));
   }
   for (std::int64_t q = 0; q < count; ++q) {
     float* const row = scores.row(q).data;
@@ -141,26 +76,7 @@ void add_values(Sequence<T> from, In weights, std::int64_t count, std::int64_t s
   for (std::int64_t t = 0; t < from.tokens; t += kStrip) {
     const std::int64_t depth = std::min(kStrip, from.tokens - t);
     const float* values = as_floats(from.values + t * size, depth * size, numbers);
-    multiply(weights.from(t), {values, size}, count, depth, size, output);
-  }
-}
-
-// Rows of scores, in bits, become probabilities.
-RLVR_CLONES void softmax(Out scores, std::int64_t rows, std::int64_t width) {
-  for (std::int64_t r = 0; r < rows; ++r) {
-    float* const row = scores.data + r * scores.stride;
-    float top = row[0], sum = 0.0f;
-#pragma omp simd reduction(max : top)
-    for (std::int64_t i = 0; i < width; ++i) top = top < row[i] ? row[i] : top;
-    const Exponent relative{1.0f, top};
-#pragma omp simd reduction(+ : sum)
-    for (std::int64_t i = 0; i < width; ++i) {
-      row[i] = exp2_bounded(in_bits(relative, row[i]));
-      sum += row[i];
-    }
-    const float share = 1.0f / sum;
-#pragma omp simd
-    for (std::int64_t i = 0; i < width; ++i) row[i] *= share;
+    multiply(weights.from(t), {values, size}, {count, depth, size}, output);
   }
 }
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "vector_math.h"
+#include "small_products.h"
 
 namespace rlvr {
 
@@ -18,17 +18,6 @@ struct Cached {
   T* keys;
   T* values;
   std::int64_t blocks;
-};
-
-// [rows, heads, d], the last contiguous.
-template <class T>
-struct Heads {
-  T* data;
-  std::int64_t row_stride;
-  std::int64_t head_stride;
-  const T* at(std::int64_t row, std::int64_t head) const {
-    return data + row * row_stride + head * head_stride;
-  }
 };
 
 struct DecodeShape {

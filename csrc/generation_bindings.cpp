@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "decode_attention.h"
+#include "pack_attention.h"
 #include "sample.h"
 #include "vector_math.h"
 
@@ -84,6 +85,50 @@ void bind_decode_attention(const py::array& query, const py::array& key, const p
   });
 }
 
+AnyHeads any_heads(const py::array& x) {
+  AnyHeads found;
+  with_dtype(x, [&](auto tag) { found = heads<decltype(tag)>(x); });
+  return found;
+}
+
+AnyOut any_out(py::array& x) {
+  AnyOut found;
+  with_dtype(x, [&](auto tag) {
+    using T = decltype(tag);
+    const Heads<const T> in = heads<T>(x);
+    found = Heads<T>{static_cast<T*>(x.mutable_data()), in.row_stride, in.head_stride};
+  });
+  return found;
+}
+
+PackInputs pack_inputs(const py::array& query, const py::array& key, const py::array& value,
+                       const Ints& stretches, float scale) {
+  static_assert(sizeof(Stretch) == 5 * sizeof(std::int64_t), "a row of the table");
+  const PackShape shape{query.shape(0), query.shape(1), key.shape(1), query.shape(2)};
+  const auto* table = reinterpret_cast<const Stretch*>(stretches.data());
+  return {
+      any_heads(query), any_heads(key), any_heads(value), table, stretches.shape(0), shape, scale};
+}
+
+void bind_pack_attention_fwd(const py::array& query, const py::array& key, const py::array& value,
+                             const Ints& stretches, float scale, py::array& out, int threads) {
+  const PackInputs inputs = pack_inputs(query, key, value, stretches, scale);
+  const AnyOut o = any_out(out);
+  const py::gil_scoped_release release;
+  pack_attention_fwd(inputs, o, threads);
+}
+
+void bind_pack_attention_bwd(const py::array& query, const py::array& key, const py::array& value,
+                             const Ints& stretches, float scale, const py::array& d_out,
+                             py::array& d_query, py::array& d_key, py::array& d_value,
+                             int threads) {
+  const PackInputs inputs = pack_inputs(query, key, value, stretches, scale);
+  const AnyHeads upstream = any_heads(d_out);
+  const PackGradients gradients{any_out(d_query), any_out(d_key), any_out(d_value)};
+  const py::gil_scoped_release release;
+  pack_attention_bwd(inputs, upstream, gradients, threads);
+}
+
 }  // namespace
 
 void bind_generation(py::module_& m) {
@@ -96,6 +141,13 @@ void bind_generation(py::module_& m) {
         arg("own_values").noconvert(), arg("prompt").noconvert(), arg("own").noconvert(),
         arg("length").noconvert(), arg("used"), arg("scale"), arg("out").noconvert(),
         arg("threads"));
+  m.def("pack_attention_fwd", &bind_pack_attention_fwd, arg("query").noconvert(),
+        arg("key").noconvert(), arg("value").noconvert(), arg("stretches").noconvert(),
+        arg("scale"), arg("out").noconvert(), arg("threads"));
+  m.def("pack_attention_bwd", &bind_pack_attention_bwd, arg("query").noconvert(),
+        arg("key").noconvert(), arg("value").noconvert(), arg("stretches").noconvert(),
+        arg("scale"), arg("d_out").noconvert(), arg("d_query").noconvert(),
+        arg("d_key").noconvert(), arg("d_value").noconvert(), arg("threads"));
 }
 
 }  // namespace rlvr

@@ -1,4 +1,4 @@
-// Bindings of what generates: sampling and attention of one token a row.
+// Bindings of sampling and of attention, of one token a row and within a pack.
 #pragma once
 
 #include <pybind11/pybind11.h>

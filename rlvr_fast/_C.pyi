@@ -105,6 +105,27 @@ def decode_attention(
     out: NDArray[Any],
     threads: int,
 ) -> None: ...
+def pack_attention_fwd(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    stretches: NDArray[np.int64],
+    scale: float,
+    out: NDArray[Any],
+    threads: int,
+) -> None: ...
+def pack_attention_bwd(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    stretches: NDArray[np.int64],
+    scale: float,
+    d_out: NDArray[Any],
+    d_query: NDArray[Any],
+    d_key: NDArray[Any],
+    d_value: NDArray[Any],
+    threads: int,
+) -> None: ...
 def rms_norm_fwd(
     x: NDArray[Any],
     added: NDArray[Any] | None,

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlvr_fast.attention_plans import layout, plan_blocks, plan_pack, plan_varlen, varlen
+from rlvr_fast.attention_plans import (
+    layout,
+    plan_blocks,
+    plan_cpp,
+    plan_pack,
+    plan_varlen,
+    varlen,
+)
 from rlvr_fast.packed import Sample, pack
 
 SCALE = 0.3
@@ -117,7 +124,41 @@ def test_output_and_gradients_are_those_of_the_definition(arrange, heads, length
         torch.testing.assert_close(gradient, exact, rtol=1e-12, atol=1e-11)
 
 
-@pytest.mark.parametrize("arrange", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("common", [0, 12], ids=["", "common beginning"])
+def test_on_a_cpu_the_chosen_one_rounds_no_more_than_rectangles(
+    lengths, common, width, dtype, as_exact_as_torch
+):
+    packed = pack_of(lengths, common)
+    inputs, upstream = drawn(packed, (6, 2), dtype, width=width)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = dense(packed, *exact)
+    wanted = torch.autograd.grad(truth, exact, upstream.double())
+    chosen = plan_pack(packed)
+
+    found = []
+    for plan in (chosen, plan_blocks(packed)):
+        output = plan.attend(0, *inputs, scale=SCALE, dropout=0.0)
+        found.append([output, *torch.autograd.grad(output, inputs, upstream)])
+
+    assert "_cpp" in vars(chosen)
+    for each in zip(*found, [truth, *wanted], strict=True):
+        as_exact_as_torch(*each)
+
+
+def test_on_a_cpu_dropout_goes_through_rectangles():
+    packed = pack_of(LENGTHS["one token"])
+    inputs, _ = drawn(packed, (4, 2), torch.float32)
+    plan = plan_pack(packed)
+
+    plan.attend(0, *inputs, scale=SCALE, dropout=0.5)
+
+    assert "_cpp" not in vars(plan)
+
+
+@pytest.mark.parametrize("arrange", [*ARRANGEMENTS.values(), plan_cpp], ids=[*ARRANGEMENTS, "C++"])
 def test_the_longest_is_a_prompt_with_its_longest_completion(arrange):
     assert arrange(pack_of([(5, [3, 7, 1]), (9, [2, 2]), (4, [6])])).longest == 12
     assert arrange(pack_of([(5, [3]), (11, [])])).longest == 11

@@ -5,7 +5,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from rlvr_fast.attention_plans import layout
+from rlvr_fast.attention_plans import cpp, layout
+from rlvr_fast.attention_plans.cpp import CppPlan, plan_cpp
 from rlvr_fast.attention_plans.layout import Plan
 from rlvr_fast.attention_plans.rectangles import BlockPlan, plan_blocks
 from rlvr_fast.attention_plans.varlen import VarlenPlan, installed, plan_varlen, takes
@@ -13,7 +14,9 @@ from rlvr_fast.packed import Packed
 
 
 def plan_pack(packed: Packed) -> Plan:
-    """The attention of a pack: variable-length kernels on CUDA where they run, else rectangles."""
+    """The attention of a pack: variable-length kernels on CUDA where they run, C++ on a CPU for the
+    kinds of heads that it takes, else rectangles.
+    """
     return _PackPlan(packed=packed)
 
 
@@ -30,14 +33,23 @@ class _PackPlan:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float
     ) -> Tensor:
-        chosen: Plan = self._varlen if takes(query, value, dropout) else self._blocks
-        return chosen.attend(layer, query, key, value, scale=scale, dropout=dropout)
+        plan = self._chosen(query, key, value, dropout)
+        return plan.attend(layer, query, key, value, scale=scale, dropout=dropout)
+
+    def _chosen(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Plan:
+        if takes(query, value, dropout):
+            return self._varlen
+        return self._cpp if cpp.takes(query, key, value, dropout) else self._blocks
 
     @cached_property
     def _varlen(self) -> VarlenPlan:
         kernel = installed()
         assert kernel is not None
         return plan_varlen(self.packed, kernel)
+
+    @cached_property
+    def _cpp(self) -> CppPlan:
+        return plan_cpp(self.packed)
 
     @cached_property
     def _blocks(self) -> BlockPlan:
