@@ -13,10 +13,24 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
-def test_every_python_block_runs(code, tmp_path):
+def test_every_python_block_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     script = tmp_path / "block.py"  # dataclasses look their module's source up
     script.write_text(code)
+    assert len(code.splitlines()) < 40
     exec(compile(code, script, "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("title", ["GRPO by hand", "Distillation by hand"])
+def test_the_loops_by_hand_learn(title, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = README.split(title)[1].split("```python\n")[1].split("```")[0]
+
+    exec(code, {"__name__": "readme"})
+
+    found = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    better = found[-1] / found[0] if title.startswith("GRPO") else found[0] / found[-1]
+    assert better > 1.5
 
 
 def test_the_own_objective_trains():
