@@ -20,9 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benches.drawn import needed_options
 from rlvr_fast.kernels import launch as launching
 from rlvr_fast.kernels.group_advantages import group_advantages_kernel
 from rlvr_fast.kernels.launch import LOG, launch
+from rlvr_fast.methods import METHODS, method
 from rlvr_fast.mismatch import Corrected, MismatchCorrection
 from rlvr_fast.objectives import (
     KL3,
@@ -42,6 +44,8 @@ from rlvr_fast.tracing.trace import trace
 VOCAB, STRIDE = 151_665, 151_680  # odd, in aligned rows: the loads must stay wide
 ROUND, SMOLLM = (151_936, 151_936), (49_152, 49_152)
 SMALL = (1000, 1008)  # one block
+METHODS_ON = 90
+"""The architecture that the methods' objectives are compiled for: half a minute each."""
 compiled = []
 run = JITFunction.run
 
@@ -177,9 +181,10 @@ def fused(objective: Objective, dtype: torch.dtype, num_tokens: int = 2, *,
           vocab: tuple[int, int] = (VOCAB, STRIDE)):  # fmt: skip
     logits, targets = rows(dtype, num_tokens, vocab)
     floats = torch.zeros(num_tokens)
+    traced = trace(objective)
     fields = TokenFields(
         weight=floats, old_logp=floats, ref_logp=floats, rollout_logp=floats,
-        advantage=None if groups else floats, extras={"temperature": floats},
+        advantage=None if groups else floats, extras=dict.fromkeys(traced.extras, floats),
     )  # fmt: skip
     rewards = GroupRewards(
         rewards=torch.zeros(4),
@@ -189,7 +194,7 @@ def fused(objective: Objective, dtype: torch.dtype, num_tokens: int = 2, *,
         normalisation=GroupNormalisation(eps=eps, ddof=ddof),
     )
     out = front(logits) if narrow else logits
-    fused_rows(logits, targets, fields, rewards if groups else None, objective, trace(objective),
+    fused_rows(logits, targets, fields, rewards if groups else None, objective, traced,
                scale=1 / temperature, cap=0.0, out=out)  # fmt: skip
 
 
@@ -217,6 +222,17 @@ def policy_kernels():
     yield measured("fp32 shrinking to bf16")
     fused(everything, torch.bfloat16, vocab=SMALL)
     yield measured(f"{SMALL[0]}")
+
+
+def method_kernels():
+    """Of every method whose objective runs inside the kernel."""
+    chosen = {
+        method(name, needed_options(kind)).objective(): name for name, kind in METHODS.items()
+    }
+    for objective, name in chosen.items():
+        if isinstance(objective, Objective) and trace(objective) is not None:
+            fused(objective, torch.float32)
+            yield measured(f"of method {name}")
 
 
 def recompilations():
@@ -258,7 +274,8 @@ def messages():
 
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(NoDevice(int(sys.argv[1])))
+    architecture = int(sys.argv[1])
+    triton.runtime.driver.set_active(NoDevice(architecture))
     JITFunction.run = compile_only
     lines = [
         *logprob_kernels(),
@@ -266,6 +283,7 @@ if __name__ == "__main__":
         *divergence_kernels(),
         *statistics_kernels(),
         *policy_kernels(),
+        *(method_kernels() if architecture == METHODS_ON else ()),
         recompilations(),
         messages(),
     ]
