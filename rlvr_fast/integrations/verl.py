@@ -9,13 +9,13 @@ chooses `all` (default), `none`, or some of `losses,advantages,head`.
   `loss_agg_mode`.
 - `algorithm.adv_estimator=rlvr_fast_NAME` for those of `outcome.ADVANTAGES`.
 - With `use_fused_kernels` and the backend `triton`, `linear_cross_entropy` below takes the place of
-  verl's function of that name. Megatron's vocabulary-parallel heads stay with verl's kernels.
+  verl's function of that name, over a whole vocabulary or Megatron's slices of it.
 """
 
 import logging
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 class _Installed:
     head: Callable[..., tuple[Tensor, Tensor]] | None = None
     """verl's own, where ours has taken its place."""
-    told: set[str] = field(default_factory=set)
 
 
 _installed = _Installed()
@@ -159,8 +158,8 @@ def linear_cross_entropy(
         labels: `[...]` integers in `[0, V)`.
         temperature: the sampler's, > 0.
         reduction: `none`.
-        dist_process_group: of the ranks that have a slice of the vocabulary each. With more than
-            one of them verl's own function does the work, which is logged once.
+        dist_process_group: of the ranks that have a slice of the vocabulary each. The gradient of
+            `hidden` is then that of the slice, as verl's own function has it.
 
     Returns:
         Like labels, fp32, nats, both differentiable. verl's own are flat.
@@ -168,17 +167,18 @@ def linear_cross_entropy(
     Raises:
         ValueError: for another reduction, or shapes and dtypes that `linear_logprobs` refuses.
     """
-    if dist_process_group is not None and dist.get_world_size(dist_process_group) > 1:
-        own = _verl_head()
-        _tell("vocabulary-parallel head: verl's own kernels do it")
-        return own(hidden, weight, labels, temperature, reduction, dist_process_group)
     if reduction != "none":
         raise ValueError(f"reduction: wanted none, got {reduction}")
+    group = dist_process_group
+    if group is not None and dist.get_world_size(group) == 1:
+        group = None
     found = linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.reshape(-1).long(),
         temperature=float(temperature),
+        vocab_group=group,
+        sum_hidden_grad=False,
     )
     return found.logp.reshape(labels.shape), found.entropy.reshape(labels.shape)
 
@@ -198,15 +198,3 @@ def _put_head() -> None:
     if module.linear_cross_entropy is not linear_cross_entropy:
         _installed.head = module.linear_cross_entropy
         module.linear_cross_entropy = linear_cross_entropy
-
-
-def _verl_head() -> Callable[..., tuple[Tensor, Tensor]]:
-    module = import_module(HEAD)
-    own: Callable[..., tuple[Tensor, Tensor]] = module.LinearCrossEntropy.apply
-    return own
-
-
-def _tell(message: str) -> None:
-    if message not in _installed.told:
-        _installed.told.add(message)
-        logger.warning("rlvr_fast in verl: %s", message)

@@ -1,7 +1,5 @@
 """Our head in the place of verl's, against its torch head and the definition in fp64."""
 
-import logging
-
 import pytest
 import torch
 
@@ -85,22 +83,6 @@ def test_a_model_that_verl_gave_its_fused_forward_gets_our_head():
     wanted = torch.log_softmax(logits, -1).gather(-1, ids.roll(-1, 1)[..., None])[..., 0]
     torch.testing.assert_close(found.log_probs.double(), wanted, rtol=1e-5, atol=1e-5)
     assert found.entropy.shape == ids.shape
-
-
-def test_a_head_cut_over_several_ranks_stays_with_verl_and_is_told_once(monkeypatch, caplog):
-    hidden, weight, labels, _ = head_inputs(torch.float32)
-    calls = []
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(
-        head_module.LinearCrossEntropy, "apply", lambda *values: calls.append(values)
-    )
-
-    with caplog.at_level(logging.WARNING, logger=ours.__name__):
-        for _ in range(2):
-            ours.linear_cross_entropy(hidden, weight, labels, 1.0, "none", object())
-
-    assert len(calls) == 2
-    assert caplog.text.count("vocabulary-parallel") == 1
 
 
 def test_another_reduction_is_refused():

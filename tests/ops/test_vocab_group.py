@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlvr_fast import objectives
+from rlvr_fast.integrations.verl import linear_cross_entropy
 from rlvr_fast.objectives import Objective, Tokens
 from rlvr_fast.ops import logprobs as row_op
+from rlvr_fast.ops.linear_logprobs import linear_logprobs
 from rlvr_fast.ops.policy_loss import policy_loss, reference
 from rlvr_fast.ops.transform import LogitTransform
 from rlvr_fast.ops.vocab_shard import combined
@@ -79,6 +81,7 @@ INVARIANT = [
     Case(size=2, dtype=torch.float32, rows_per_tile=rows, options=(("batch_invariant", True),))
     for rows in (1000, 4)
 ]
+WAYS = ["whole gradient", "gradient of the slice, for verl"]
 ALL = [*CASES, WIDE, *NARROW, SURE, SKIPPED, ADDED, *INVARIANT]
 
 
@@ -141,6 +144,32 @@ def sliced(case: Case, group: dist.ProcessGroup) -> dict[str, Tensor]:
     }
 
 
+def scored(group: dist.ProcessGroup, size: int, way: str) -> dict[str, Tensor]:
+    """One rank's scores and the gradients of a loss of both."""
+    case = Case(size=size, rows_per_tile=4)
+    hidden, weight, _, tokens = inputs(case)
+    rank, lengths = dist.get_rank(group), SLICES[size]
+    weight = weight.detach()[sum(lengths[:rank]) :][: lengths[rank]].clone().requires_grad_()
+    if way == "whole gradient":
+        budget = 5 * min(lengths) * case.dtype.itemsize
+        logp, entropy = linear_logprobs(
+            hidden, weight, tokens.targets, temperature=0.7, logits_budget=budget,
+            vocab_group=group,
+        )  # fmt: skip
+    else:
+        logp, entropy = linear_cross_entropy(hidden, weight, tokens.targets, 0.7, "none", group)
+    both(logp, entropy).backward()
+    return {
+        "logp": logp.detach(), "entropy": entropy.detach(), "hidden": hidden.grad,
+        "weight": weight.grad,
+    }  # fmt: skip
+
+
+def both(logp: Tensor, entropy: Tensor) -> Tensor:
+    factor = torch.arange(len(logp)).to(logp.dtype)
+    return (factor * logp).sum() + (entropy * factor.cos()).sum()
+
+
 def refused(group: dist.ProcessGroup) -> list[str]:
     """What is said to inputs that do not fit; all ranks hear it, so that none is left waiting."""
     rank, tokens = dist.get_rank(group), ScoredTokens(
@@ -165,7 +194,13 @@ def main(rank: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=3, init_method=f"file://{store}")
     groups = {2: dist.new_group([0, 1]), 3: dist.group.WORLD}
     found = [sliced(case, groups[case.size]) for case in ALL if rank < case.size]
-    torch.save((found, refused(groups[3]), outside(groups[2], rank)), out)
+    scores = {
+        (size, way): scored(group, size, way)
+        for size, group in groups.items()
+        for way in WAYS
+        if rank < size
+    }
+    torch.save((found, refused(groups[3]), outside(groups[2], rank), scores), out)
     dist.destroy_process_group()
 
 
@@ -204,7 +239,7 @@ def processes(tmp_path_factory):
     results = []
     for rank, (found, *_) in enumerate(loaded):
         results.append(dict(zip([c for c in ALL if rank < c.size], found, strict=True)))
-    return results, [said for _, said, _ in loaded], loaded[2][2]
+    return results, [said for _, said, *_ in loaded], loaded[2][2], [each[3] for each in loaded]
 
 
 def truth(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -254,6 +289,27 @@ def test_slices_are_as_exact_as_plain_torch_in_the_same_dtype(processes, case, a
         as_exact_as_torch(joined(processes, case, name), plain[name], wanted[name])
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", SLICES)
+def test_scores_and_their_gradients_are_those_of_the_whole_vocabulary(processes, size, way):
+    hidden, weight, _, tokens = inputs(Case(size=size))
+    stats = row_op.reference(hidden @ weight.t(), tokens.targets, 1 / 0.7, 0.0)
+    d_hidden, d_weight = torch.autograd.grad(both(*stats[:2]), (hidden, weight))
+
+    found = [each[size, way] for each in processes[3][:size]]
+
+    for rank in found:
+        for name, wanted in zip(("logp", "entropy"), stats.detach()[:2], strict=True):
+            torch.testing.assert_close(rank[name], wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.cat([rank["weight"] for rank in found]), d_weight)
+    parts = [rank["hidden"] for rank in found]
+    if way == "whole gradient":
+        assert all(torch.equal(part, parts[0]) for part in parts)
+        torch.testing.assert_close(parts[0], d_hidden)
+    else:  # Megatron adds the parts up.
+        torch.testing.assert_close(sum(parts), d_hidden)
+
+
 def test_a_sure_token_keeps_the_last_digits_of_its_logp(processes):
     logp, wanted = joined(processes, SURE, "logp"), truth(SURE, torch.float64)["logp"]
 
@@ -293,7 +349,7 @@ def test_batch_invariant_results_do_not_depend_on_the_tiles(processes):
 
 
 def test_inputs_that_do_not_fit_are_refused_on_every_rank(processes):
-    _, said, outsider = processes
+    _, said, outsider, _ = processes
 
     assert said[0] == said[1] == said[2]
     assert said[0] == [
