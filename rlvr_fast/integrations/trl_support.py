@@ -13,7 +13,9 @@ from rlvr_fast.methods import method as find_method
 from rlvr_fast.methods.base import BatchShape, Method
 from rlvr_fast.objectives import Objective
 from rlvr_fast.ops.group_advantages import Scale
+from rlvr_fast.ops.objective_rows import Segmentation
 from rlvr_fast.tracing.level import Level, level
+from rlvr_fast.tracing.tokens import TokenFields
 
 TRAINERS_OWN = ("select_prompts", "rollout", "verify", "advantages", "shape", "prepare", "observe")
 """Hooks whose work TRL does, in its own way."""
@@ -107,12 +109,12 @@ def goal(trainer: Any, objective: Objective | None, method: str | Method | None)
         raise ValueError("objective, method: wanted one of the two, got both")
     if method is not None:
         return from_method(method, trainer)
-    own = None if objective is None else check_objective(objective)
+    own = None if objective is None else check_objective(objective, trainer)
     return Goal(objective=own, normaliser=None)
 
 
-def check_objective(objective: object) -> Objective:
-    """The objective, if a loss over single tokens or sequences.
+def check_objective(objective: object, trainer: Any) -> Objective:
+    """The objective, if a loss over single tokens or sequences that reads what TRL has.
 
     Raises:
         ValueError: for another one. TRL spreads the completions of a prompt over micro-batches, so
@@ -126,7 +128,29 @@ def check_objective(objective: object) -> Objective:
             "objective: wanted one that looks at tokens or sequences, "
             f"got {type(objective).__name__}, which looks at a {found.name.lower()}"
         )
+    _check_fields(objective, trainer)
     return objective
+
+
+def _check_fields(objective: Objective, trainer: Any) -> None:
+    one = torch.ones(1)
+    fields = TokenFields(
+        weight=one,
+        old_logp=-one,
+        ref_logp=-one if trainer.beta != 0.0 else None,
+        rollout_logp=-one if trainer.use_vllm else None,
+        advantage=one,
+        extras={},
+    )
+    view = Segmentation(seq=torch.tensor([0, 1])).view(-one, one, fields, slice(0, 1))
+    try:
+        objective.token_loss(view)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"objective: wanted one that reads what TRL has (the reference with beta > 0, the "
+            f"sampler's log-probabilities with use_vllm, no extras), got "
+            f"{type(objective).__name__}: {error}"
+        ) from error
 
 
 def from_method(wanted: str | Method, trainer: Any) -> Goal:
@@ -156,7 +180,9 @@ def from_method(wanted: str | Method, trainer: Any) -> Goal:
             f"num_iterations, steps_per_generation: wanted one update per batch for {name}, got "
             f"{trainer.num_iterations} and {trainer.args.steps_per_generation}"
         )
-    return Goal(objective=check_objective(method.objective()), normaliser=_loss_type(method, name))
+    return Goal(
+        objective=check_objective(method.objective(), trainer), normaliser=_loss_type(method, name)
+    )
 
 
 def on_policy(trainer: Any) -> bool:

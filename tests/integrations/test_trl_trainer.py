@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlvr_fast.methods import METHODS
+from rlvr_fast.methods.dppo_tv import Behaviour, TrustedWeight
 from rlvr_fast.models import resolve
 from rlvr_fast.objectives import ClippedSurrogate, Distillation, Objective, Tokens
 
@@ -183,6 +184,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "loss type": ({"loss_type": "ppo"}, "loss_type: .* got ppo"),
     "level": ({"importance_sampling_level": "group"}, "importance_sampling_level: .* got group"),
     "objective of groups": ({"extra": {"objective": GroupBaseline()}}, "looks at a group"),
+    "objective that reads the sampler": (
+        {"extra": {"objective": TrustedWeight(behaviour=Behaviour.ROLLOUT)}},
+        "objective: .* reads rollout_logp",
+    ),
     "distillation": ({"extra": {"objective": Distillation()}}, "objective: .* got Distillation"),
     "two": (
         {"extra": {"objective": ClippedSurrogate(), "method": "grpo"}},
