@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "accumulate.h"
+#include "arrays.h"
 #include "decoder_bindings.h"
 #include "divergence.h"
 #include "generation_bindings.h"
@@ -21,24 +22,7 @@ namespace py = pybind11;
 namespace rlvr {
 namespace {
 
-using Floats = py::array_t<float>;
-using Ints = py::array_t<std::int64_t>;
 using BFloat16Bits = py::array_t<std::uint16_t>;
-
-// bf16 crosses as uint16 and fp16 as NumPy's float16 ("e").
-template <class F>
-void with_dtype(const py::array& logits, F&& call) {
-  const char kind = logits.dtype().char_();
-  if (kind == 'f') {
-    call(float{});
-  } else if (kind == 'H') {
-    call(BFloat16{});
-  } else if (kind == 'e') {
-    call(Half{});
-  } else {
-    throw py::type_error("wanted float32, uint16 (bf16 bits) or float16");
-  }
-}
 
 // A gradient has its logits' dtype; that of float logits may have any.
 template <class T, class F>

@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "arrays.h"
 #include "decoder.h"
 #include "vector_math.h"
 
@@ -16,20 +17,7 @@ namespace py = pybind11;
 namespace rlvr {
 namespace {
 
-using Floats = py::array_t<float>;
 using Maybe = std::optional<py::array>;
-
-template <class F>
-void with_dtype(const py::array& array, F&& call) {
-  const char kind = array.dtype().char_();
-  if (kind == 'f') {
-    call(float{});
-  } else if (kind == 'H') {
-    call(BFloat16{});
-  } else {
-    throw py::type_error("wanted float32 or uint16 (bf16 bits)");
-  }
-}
 
 template <class T>
 Grouped<T> grouped(T* data, const py::array& a) {
@@ -42,7 +30,7 @@ Grouped<T> grouped(T* data, const py::array& a) {
 template <class T>
 void check(const py::array& a) {
   bool same = false;
-  with_dtype(a, [&](auto tag) { same = std::is_same_v<decltype(tag), T>; });
+  with_wide_dtype(a, [&](auto tag) { same = std::is_same_v<decltype(tag), T>; });
   const auto last = a.ndim() - 1;
   const bool fits = last == 1 || last == 2;
   if (!same || !fits || (a.shape(last) > 1 && a.strides(last) != py::ssize_t{sizeof(T)})) {
@@ -74,7 +62,7 @@ Grouped<T> out(Maybe& a) {
 
 std::vector<float> as_floats(const py::array& a) {
   std::vector<float> values(static_cast<std::size_t>(a.size()));
-  with_dtype(a, [&](auto tag) {
+  with_wide_dtype(a, [&](auto tag) {
     const auto* x = static_cast<const decltype(tag)*>(a.data());
     for (std::size_t i = 0; i < values.size(); ++i) values[i] = to_float(x[i]);
   });
@@ -85,8 +73,8 @@ void bind_rms_norm_fwd(const py::array& x, const Maybe& added, const py::array& 
                        Maybe& total, py::array& normed, Floats& rstd, int threads) {
   const auto w = as_floats(weight);
   auto* r = rstd.mutable_data();
-  with_dtype(x, [&](auto stream) {
-    with_dtype(normed, [&](auto branch) {
+  with_wide_dtype(x, [&](auto stream) {
+    with_wide_dtype(normed, [&](auto branch) {
       using S = decltype(stream);
       using B = decltype(branch);
       const auto from = in<S>(x);
@@ -105,8 +93,8 @@ void bind_rms_norm_bwd(const py::array& total, const py::array& weight, const Fl
   const auto w = as_floats(weight);
   const auto* r = rstd.data();
   auto* dw = d_weight.mutable_data();
-  with_dtype(total, [&](auto stream) {
-    with_dtype(d_normed, [&](auto branch) {
+  with_wide_dtype(total, [&](auto stream) {
+    with_wide_dtype(d_normed, [&](auto branch) {
       using S = decltype(stream);
       using B = decltype(branch);
       const auto from = in<S>(total);
@@ -121,7 +109,7 @@ void bind_rms_norm_bwd(const py::array& total, const py::array& weight, const Fl
 }
 
 void bind_gated_fwd(const py::array& gate, const py::array& up, py::array& product, int threads) {
-  with_dtype(gate, [&](auto tag) {
+  with_wide_dtype(gate, [&](auto tag) {
     using T = decltype(tag);
     const auto g = in<T>(gate);
     const auto u = in<T>(up);
@@ -133,7 +121,7 @@ void bind_gated_fwd(const py::array& gate, const py::array& up, py::array& produ
 
 void bind_gated_bwd(const py::array& gate, const py::array& up, const py::array& d_product,
                     py::array& d_gate, py::array& d_up, int threads) {
-  with_dtype(gate, [&](auto tag) {
+  with_wide_dtype(gate, [&](auto tag) {
     using T = decltype(tag);
     const auto g = in<T>(gate);
     const auto u = in<T>(up);
@@ -147,9 +135,9 @@ void bind_gated_bwd(const py::array& gate, const py::array& up, const py::array&
 
 void bind_rotate(const py::array& x, const py::array& cosine, const py::array& sine, float sign,
                  py::array& turned, int threads) {
-  with_dtype(x, [&](auto from_tag) {
-    with_dtype(turned, [&](auto to_tag) {
-      with_dtype(cosine, [&](auto angle) {
+  with_wide_dtype(x, [&](auto from_tag) {
+    with_wide_dtype(turned, [&](auto to_tag) {
+      with_wide_dtype(cosine, [&](auto angle) {
         using Angle = decltype(angle);
         const auto from = in<decltype(from_tag)>(x);
         const auto to = out<decltype(to_tag)>(turned);

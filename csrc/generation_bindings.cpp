@@ -6,6 +6,7 @@
 
 #include <optional>
 
+#include "arrays.h"
 #include "decode_attention.h"
 #include "pack_attention.h"
 #include "sample.h"
@@ -15,24 +16,6 @@ namespace py = pybind11;
 
 namespace rlvr {
 namespace {
-
-using Floats = py::array_t<float>;
-using Ints = py::array_t<std::int64_t>;
-
-// bf16 crosses as uint16 and fp16 as NumPy's float16 ("e").
-template <class F>
-void with_dtype(const py::array& x, F&& call) {
-  const char kind = x.dtype().char_();
-  if (kind == 'f') {
-    call(float{});
-  } else if (kind == 'H') {
-    call(BFloat16{});
-  } else if (kind == 'e') {
-    call(Half{});
-  } else {
-    throw py::type_error("wanted float32, uint16 (bf16 bits) or float16");
-  }
-}
 
 void bind_sample(const py::array& logits, const std::optional<py::array_t<double>>& noise,
                  float scale, float cap, Ints& tokens, Floats& logp, int threads) {

@@ -228,11 +228,18 @@ def passing(model: PreTrainedModel, function: Callable[[Item], Out]) -> Callable
 
 def scoring(model: PreTrainedModel, function: Callable[[Item], Found]) -> Callable[[Item], Found]:
     """As `passing`, for a function without gradients."""
-    if not is_split(model):
+    if not isinstance(model, FSDPModule):
         return function
+    split_model = model
     setattr(model, _SCORING, function)
     register_fsdp_forward_method(model, _SCORING)
-    return lambda argument: getattr(model, _SCORING)(argument)
+
+    def run(argument: Item) -> Found:
+        found: Found = getattr(split_model, _SCORING)(argument)
+        split_model.reshard()  # After a pass it is the backward that does.
+        return found
+
+    return run
 
 
 def padded(world: World, model: torch.nn.Module, mine: list[Item], idle: Item) -> list[Item]:

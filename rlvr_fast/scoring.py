@@ -6,7 +6,6 @@ from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from rlvr_fast import parallel
 from rlvr_fast.config import TrainConfig
@@ -109,10 +108,7 @@ class PolicyScorer:
 
     def _run(self, policy: Policy, function: Callable[[Packed], Value], packed: Packed) -> Value:
         """With a split model's weights whole."""
-        found = parallel.scoring(policy.model, function)(packed)
-        if isinstance(policy.model, FSDPModule):
-            policy.model.reshard()  # After a pass it is the backward that does.
-        return found
+        return parallel.scoring(policy.model, function)(packed)
 
 
 def _flat(groups: Sequence[Sequence[Sample]]) -> Iterator[Sample]:

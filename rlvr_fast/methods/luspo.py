@@ -6,12 +6,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from rlvr_fast import aggregate
-from rlvr_fast.methods.base import BatchShape, Evidence, Method, Paper
-from rlvr_fast.objectives import Objective, SequenceClippedSurrogate
+from rlvr_fast.methods.base import BatchShape, Evidence, Paper
+from rlvr_fast.methods.gspo import GSPO
 
 
 @dataclass(frozen=True, kw_only=True)
-class LUSPO(Method):
+class LUSPO(GSPO):
     """GSPO's loss of a sequence times the number of its tokens, then the mean over sequences.
 
     In GSPO a token's gradient shrinks with the length of its answer; here it does not: on policy
@@ -31,11 +31,5 @@ class LUSPO(Method):
     clip_high: float = 2.5e-3
     """The sequence's ratio counts up to 1 + clip_high."""
 
-    def __post_init__(self) -> None:
-        self.check_not_negative("clip_low", "clip_high")
-
     def seq_weights(self, shape: BatchShape) -> Tensor:
         return aggregate.constant_length(shape.seq_lengths, length=1)
-
-    def objective(self) -> Objective:
-        return SequenceClippedSurrogate(clip_low=self.clip_low, clip_high=self.clip_high)
