@@ -12,7 +12,7 @@ from rlvr_fast import checkpoint, lora, memory, models, parallel
 from rlvr_fast.ahead import Ahead
 from rlvr_fast.collect import Batch, Collector, sampling_seed, timed
 from rlvr_fast.config import EngineName, TrainConfig
-from rlvr_fast.devices import DTYPES, device
+from rlvr_fast.devices import DTYPES, device, keep_freed_memory
 from rlvr_fast.engines import make_engine
 from rlvr_fast.evaluate import evaluate
 from rlvr_fast.methods import method
@@ -40,6 +40,8 @@ class Trainer:
             )
         self.world = world or World(device=device(config.device))
         place = self.world.device
+        if place == "cpu":
+            keep_freed_memory()
         path = models.resolve(config.model)
         # What adapters leave as it is needs no more bits than the passes use.
         kept = DTYPES[config.precision] if config.lora_rank else torch.float32

@@ -1,5 +1,7 @@
 """Settings of the vLLM engines, as a user gives them and as vLLM takes them."""
 
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,7 @@ class VLLMOptions:
     max_num_seqs: int = 256
     """Completions that advance together."""
     enforce_eager: bool | None = None
-    """No CUDA graphs and nothing compiled; none: on a CPU only."""
+    """No CUDA graphs and the model not compiled; none: on a CPU only."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -41,7 +43,7 @@ class VLLMOptions:
             raise ValueError(f"max_num_seqs: wanted at least 1, got {self.max_num_seqs}")
 
     def eager(self, device: torch.device) -> bool:
-        """Whether nothing is compiled on this device."""
+        """Whether the model is not compiled on this device."""
         return device.type == "cpu" if self.enforce_eager is None else self.enforce_eager
 
     def arguments(
@@ -89,8 +91,9 @@ class VLLMOptions:
             "VLLM_HOST_IP": "127.0.0.1",
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        if device.type == "cpu" and self.eager(device):
-            # Else a compiler works for 10 s on the one function that ranks the sampled tokens.
+        compiler = shutil.which(os.environ.get("CXX", "g++"))
+        if device.type == "cpu" and self.eager(device) and compiler is None:
+            # It would compile one function all the same, which ranks the sampled tokens.
             variables["TORCHDYNAMO_DISABLE"] = "1"
         return variables
 
