@@ -221,12 +221,17 @@ class Trainer:
 
 
 def _engine(config: TrainConfig, world: World) -> EngineName:
-    """Which engine; under torchrun each rank generates in process, with transformers."""
+    """Which engine; under torchrun each rank generates in process."""
     if world.size == 1:
         return config.engine
-    if config.engine not in (EngineName.AUTO, EngineName.EMBEDDED):
-        raise ValueError(f"engine: wanted embedded under torchrun, got {config.engine}")
-    return EngineName.EMBEDDED
+    # vLLM would have to be told which GPU is its own.
+    here = [EngineName.EMBEDDED] + [EngineName.VLLM] * (world.device == "cpu")
+    if config.engine not in (EngineName.AUTO, *here):
+        wanted = " or ".join(here)
+        raise ValueError(
+            f"engine: wanted {wanted} under torchrun on {world.device}, got {config.engine}"
+        )
+    return here[0] if config.engine is EngineName.AUTO else config.engine
 
 
 def reseed(seed: int, step: int) -> None:

@@ -117,9 +117,9 @@ class VLLMEngine:
     def close(self) -> None:
         """Frees weights, cache and what vLLM has changed in this process."""
         if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
-            self._llm = None
-            vllm_process.stopped()
+            with vllm_process.stopping():
+                self._llm.llm_engine.engine_core.shutdown()
+                self._llm = None
 
     def _living(self) -> "LLM":
         if self._llm is None:

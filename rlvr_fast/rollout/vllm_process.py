@@ -55,8 +55,8 @@ def starting(environment: Mapping[str, str]) -> Iterator[None]:
         with _keeping_random_numbers():
             yield
     except BaseException:
-        stopped()
-        raise
+        with stopping():
+            raise
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
@@ -70,8 +70,28 @@ def generating() -> Iterator[None]:
         yield
 
 
-def stopped() -> None:
-    """The engine is gone, and with it what it needed of the process."""
+@contextmanager
+def stopping() -> Iterator[None]:
+    """The engine is shut down within, and with it goes what it needed of the process.
+
+    vLLM would end a process group that was there before, as under torchrun, too.
+    """
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_given(group: torch.distributed.ProcessGroup | None = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    if _process.had_group:
+        torch.distributed.destroy_process_group = destroy_given
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
+        _stopped()
+
+
+def _stopped() -> None:
     _process.engine = False
     for (owner, name), original in zip(_REPLACED, _process.originals, strict=True):
         setattr(owner, name, original)

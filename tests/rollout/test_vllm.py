@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
-from rlvr_fast import models
+from rlvr_fast import lora, models
 from rlvr_fast.rollout import SamplingParams
 from rlvr_fast.rollout.embedded import EmbeddedEngine
 from rlvr_fast.rollout.vllm import VLLMEngine
@@ -169,6 +169,26 @@ def test_loaded_weights_are_those_of_transformers(engine, folder, weights, other
     assert after != before
     _assert_exact(folder, others, after)
     assert engine.generate(PROMPTS, sampling) == before
+
+
+@torch.no_grad()
+def test_adapters_in_training_are_what_is_sampled(engine, folder):
+    pytest.importorskip("peft", reason="adapters need it; the test extra installs it")
+    model, _ = models.load(folder, dtype=torch.float32)
+    lora.wrap(model, rank=4, alpha=8.0)
+    draws = torch.Generator().manual_seed(3)
+    for _, parameter in lora.trained(model):
+        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draws))
+
+    engine.load_weights(lora.named_weights(model))
+    groups = engine.generate(PROMPTS, SamplingParams(n=2, max_tokens=6))
+
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            ids = torch.tensor([[*prompt, *completion.token_ids]])
+            logp = model(input_ids=ids).logits[0, len(prompt) - 1 : -1, :TOKENS].log_softmax(-1)
+            taken = logp.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            assert completion.logp == pytest.approx(taken.tolist(), abs=1e-3)
 
 
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(engine, weights):
