@@ -1,7 +1,7 @@
 """Fixtures of every test: Triton's interpreter without a GPU, poisoned memory, one tolerance."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -31,6 +31,13 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test may set any number of threads: the next one has one again."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
 import pytest
+import small_models
 import torch
 from transformers import (
     CohereConfig,
@@ -22,21 +23,8 @@ from transformers import (
 from rlvr_fast import attention
 from rlvr_fast.packed import Sample, pack
 
-VOCABULARY = 50
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    # Five times the usual, so that attention is far from uniform.
-    "initializer_range": 0.1,
-}
+VOCABULARY = small_models.VOCABULARY
+SIZES = small_models.SIZES | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 KINDS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
@@ -54,15 +42,6 @@ LENGTHS = {
     "groups of one": [(4, [3]), (7, [5]), (1, [1])],
     "more than one rectangle": [(150, [60, 3, 90, 2]), (6, [140, 5]), (2, [300])],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine, threads of tiny models mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _model(kind):

@@ -52,15 +52,6 @@ for moment in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model is faster without threads, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def given(folder, **overrides):
     """Every kind of state: momentum, a schedule, updates off policy, a checkpoint every 2 steps."""
     return {
@@ -77,7 +68,6 @@ def given(folder, **overrides):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    torch.set_num_threads(1)
     return train(configs.load("tiny", given(tmp_path_factory.mktemp("whole") / "run"))).run_folder
 
 

@@ -2,21 +2,11 @@ import json
 from dataclasses import fields
 
 import pytest
-import torch
 
 from rlvr_fast import cli
 from rlvr_fast.config import EvalConfig, TrainConfig
 from rlvr_fast.methods import METHODS
 from rlvr_fast.trainer import Trainer
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model is faster without threads, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

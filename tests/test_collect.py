@@ -208,7 +208,6 @@ def first_token(prompts, completions):
 def test_the_batch_ahead_runs_with_the_threads_of_the_trainer():
     from rlvr_fast.ahead import Ahead
 
-    torch.set_num_threads(1)
     seen = []
     ahead = Ahead(lambda step, position: seen.append(torch.get_num_threads()))
 

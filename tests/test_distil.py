@@ -5,19 +5,17 @@ from typing import ClassVar
 
 import pytest
 import torch
+from rollouts import rollout_of
 from torch.nn.utils import parameters_to_vector
 from transformers import AutoModelForCausalLM
 
 from rlvr_fast import config as configs
 from rlvr_fast import lora, models
 from rlvr_fast.methods.base import Method
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.objectives import Distillation, Divergence
 from rlvr_fast.ops import linear_kl
 from rlvr_fast.ops.transform import LogitTransform
 from rlvr_fast.optimise import Optimiser
-from rlvr_fast.prompts import Prompt
-from rlvr_fast.tasks import Example
 
 VOCABULARY = 97
 """Fewer than the model's embedding has: the rest can be neither taught nor learnt."""
@@ -43,18 +41,14 @@ def rollouts(*, hinted=True):
     groups = []
     for index, lengths in enumerate(LENGTHS):
         question = torch.randint(4, VOCABULARY, (3 + 9 * index,)).tolist()
-        prompt = Prompt(index=index, example=Example("?"), ids=question)
         replies = [torch.randint(4, VOCABULARY, (length,)).tolist() for length in lengths]
         hints = [torch.randint(4, VOCABULARY, (5 + 4 * n,)).tolist() for n in range(len(replies))]
         groups.append(
             [
-                Rollout(
-                    prompt=prompt,
-                    gen_prompt_ids=question,
-                    train_prompt_ids=question,
-                    completion_ids=reply,
-                    text="",
-                    finished=True,
+                rollout_of(
+                    reply,
+                    prompt_ids=question,
+                    index=index,
                     advantage=1.0,
                     teacher_prompt_ids=[*hint, *question] if hinted else question,
                 )

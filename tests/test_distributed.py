@@ -6,54 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_two
+from rollouts import mixed_groups
 
 from rlvr_fast import config as configs
 from rlvr_fast import metrics, models, parallel
 from rlvr_fast.methods import method
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.optimise import Optimiser
 from rlvr_fast.parallel import ALONE, World
-from rlvr_fast.prompts import Prompt
 from rlvr_fast.run import train
-from rlvr_fast.tasks import Example
 
-ADVANTAGES = [[0.5, -1.0, 0.0, 2.0], [0.0, 0.0], [1.5, -0.5, 0.0]]
 UPDATES = {
     "by token": {"method": "grpo", "tokens_per_microbatch": 20},
     "by sequence": {"method": "gspo", "updates_per_batch": 2},
     "with a reference": {"method": "grpo", "kl_coef": 0.1, "entropy_coef": 0.1},
 }
 RUNS = {"replicated": {}, "split": {"split_weights": True}}
-
-
-def rollouts() -> list[list[Rollout]]:
-    """Groups of unequal sizes, lengths and advantages over the tiny model's vocabulary."""
-    draw = torch.Generator().manual_seed(0)
-
-    def ids(count: int) -> list[int]:
-        return torch.randint(4, 90, (count,), generator=draw).tolist()
-
-    groups = []
-    for g, advantages in enumerate(ADVANTAGES):
-        prompt = Prompt(index=g, example=Example("?"), ids=ids(3 + 5 * g))
-        lengths = torch.randint(1, 9, (len(advantages),), generator=draw).tolist()
-        groups.append(
-            [
-                Rollout(
-                    prompt=prompt,
-                    gen_prompt_ids=prompt.ids,
-                    train_prompt_ids=prompt.ids,
-                    completion_ids=ids(length),
-                    text="",
-                    finished=True,
-                    rollout_logp=[-4.0] * length,
-                    reward=advantage,
-                    advantage=advantage,
-                )
-                for length, advantage in zip(lengths, advantages, strict=True)
-            ]
-        )
-    return groups
 
 
 def update(world: World, split: bool, overrides: dict[str, object]) -> tuple[dict, list]:
@@ -67,7 +34,7 @@ def update(world: World, split: bool, overrides: dict[str, object]) -> tuple[dic
     made = Optimiser(
         config, method(config.method, {}), model, reference, vocab_size=len(tokenizer), world=world
     )
-    read = made.update(rollouts(), step=1)
+    read = made.update(mixed_groups(), step=1)
     return read, [parallel.whole(p.detach()).clone() for p in model.parameters()]
 
 

@@ -9,31 +9,20 @@ from typing import ClassVar
 
 import pytest
 import torch
+from rollouts import rollout_of
 
 from rlvr_fast import config as configs
 from rlvr_fast import models
 from rlvr_fast.config import Overlong
 from rlvr_fast.methods import METHODS, method
 from rlvr_fast.methods.grpo import GRPO
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.optimise import Optimiser
 from rlvr_fast.packed import Sample, pack
-from rlvr_fast.prompts import Prompt
 from rlvr_fast.run import resumed_config, train
-from rlvr_fast.tasks import Example
 from rlvr_fast.tracing.objective import Objective
 from rlvr_fast.tracing.tokens import TokenFields, Tokens
 
 AHEAD = {"pipeline": True, "mismatch_correction": "token_truncate"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model is faster without threads, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,18 +174,14 @@ def rollouts(**changes):
     """Five in two groups; the middle one of the first has no advantage."""
     draw, groups = torch.Generator().manual_seed(0), []
     for index, advantages in enumerate([[1.0, 0.0, -1.0], [0.5, -0.5]]):
-        prompt = Prompt(index=index, example=Example("?"), ids=[5 + index, 9, 33])
         groups.append([])
         for advantage in advantages:
             length = int(torch.randint(2, 6, (), generator=draw))
             groups[-1].append(
-                Rollout(
-                    prompt=prompt,
-                    gen_prompt_ids=prompt.ids,
-                    train_prompt_ids=prompt.ids,
-                    completion_ids=torch.randint(4, 90, (length,), generator=draw).tolist(),
-                    text="",
-                    finished=True,
+                rollout_of(
+                    torch.randint(4, 90, (length,), generator=draw).tolist(),
+                    prompt_ids=[5 + index, 9, 33],
+                    index=index,
                     advantage=advantage,
                     **{name: made(length) for name, made in changes.items()},
                 )

@@ -4,19 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from rollouts import rollout_of
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rlvr_fast import attention, checkpoint, lora, models
 from rlvr_fast import config as configs
 from rlvr_fast.checkpoint import Progress
 from rlvr_fast.methods import method
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.optimise import Optimiser
 from rlvr_fast.packed import Sample, pack
-from rlvr_fast.prompts import Prompt
 from rlvr_fast.rollout import SamplingParams
 from rlvr_fast.rollout.embedded import EmbeddedEngine
-from rlvr_fast.tasks import Example
 
 peft = pytest.importorskip("peft", reason="adapters need it; the test extra installs it")
 
@@ -51,16 +49,12 @@ def rollouts(seed=0):
     groups = []
     for g in range(3):
         ids = torch.randint(4, 99, (3 + 2 * g,)).tolist()
-        prompt = Prompt(index=g, example=Example("?"), ids=ids)
         groups.append(
             [
-                Rollout(
-                    prompt=prompt,
-                    gen_prompt_ids=ids,
-                    train_prompt_ids=ids,
-                    completion_ids=torch.randint(4, 99, (4,)).tolist(),
-                    text="",
-                    finished=True,
+                rollout_of(
+                    torch.randint(4, 99, (4,)).tolist(),
+                    prompt_ids=ids,
+                    index=g,
                     rollout_logp=[-4.0] * 4,
                     advantage=advantage,
                 )

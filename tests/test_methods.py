@@ -4,18 +4,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from rewarded import FIXTURE, advantages, group
 
 from benches import drawn
 from rlvr_fast import config as configs
 from rlvr_fast import objectives
 from rlvr_fast.methods import METHODS, method, table
 from rlvr_fast.methods.base import BatchShape
-from rlvr_fast.methods.rollouts import Rollout
-from rlvr_fast.prompts import Prompt
-from rlvr_fast.tasks import Example, load_task
+from rlvr_fast.tasks import load_task
 from rlvr_fast.trainer import Trainer
 
-PROMPT = Prompt(index=0, example=Example("?"), ids=[5])
 SHAPE = BatchShape(
     seq_lengths=torch.tensor([2, 3, 5]),
     group_offsets=torch.tensor([0, 1, 3]),
@@ -41,32 +39,6 @@ class Unknown(objectives.Objective):
 
     def token_loss(self, t):
         return torch.erfinv(t.logp.clamp(-0.9, 0.9))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model is faster without threads, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def group(*rewards):
-    plain = Rollout(
-        prompt=PROMPT,
-        gen_prompt_ids=PROMPT.ids,
-        train_prompt_ids=PROMPT.ids,
-        completion_ids=[6],
-        text="",
-        finished=True,
-    )
-    return [replace(plain, reward=reward) for reward in rewards]
-
-
-def advantages(name, *rewards, **options):
-    (found,) = method(name, options).advantages([group(*rewards)])
-    return [rollout.advantage for rollout in found]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -99,13 +71,13 @@ def test_a_method_trains_three_steps(name, tmp_path):
     ],
 )
 def test_advantages_have_known_values(name, options, wanted):
-    found = advantages(name, 1, 0, 0, 1, 0, **options)
+    found = advantages(name, group(*FIXTURE), **options)
 
     assert found[:2] == pytest.approx(wanted, abs=2e-6)
 
 
 def test_a_completion_that_nobody_could_score_has_no_advantage_and_no_influence():
-    assert advantages("reinforce", 1.0, None, 0.0) == [1.0, 0.0, -1.0]
+    assert advantages("reinforce", group(1.0, None, 0.0)) == [1.0, 0.0, -1.0]
 
 
 @pytest.mark.parametrize(

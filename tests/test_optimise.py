@@ -2,57 +2,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rollouts import mixed_groups, rollout_of
 
 from rlvr_fast import config as configs
 from rlvr_fast import models
 from rlvr_fast.devices import DTYPES
 from rlvr_fast.methods import method
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.optimise import Optimiser, learning_rate
-from rlvr_fast.prompts import Prompt
 from rlvr_fast.rollout import SamplingParams
 from rlvr_fast.rollout.embedded import EmbeddedEngine
-from rlvr_fast.tasks import Example
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def one_thread():
-    """So small a model is faster without threads, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-ADVANTAGES = [[0.5, -1.0, 0.0, 2.0], [0.0, 0.0], [1.5, -0.5, 0.0]]
-
-
-def rollouts(seed=0):
-    """Groups of unequal sizes, lengths and advantages over the tiny model's vocabulary."""
-    torch.manual_seed(seed)
-    groups = []
-    for g, advantages in enumerate(ADVANTAGES):
-        ids = torch.randint(4, 100, (3 + 5 * g,)).tolist()
-        prompt = Prompt(index=g, example=Example("?"), ids=ids)
-        groups.append([])
-        for advantage in advantages:
-            length = int(torch.randint(1, 9, ()))
-            groups[-1].append(
-                Rollout(
-                    prompt=prompt,
-                    gen_prompt_ids=ids,
-                    train_prompt_ids=ids,
-                    completion_ids=torch.randint(4, 100, (length,)).tolist(),
-                    text="",
-                    finished=True,
-                    rollout_logp=[-4.0] * length,
-                    reward=advantage,
-                    advantage=advantage,
-                )
-            )
-    return groups
 
 
 def optimiser(name="grpo", **overrides):
@@ -79,7 +37,7 @@ def assert_same(found, wanted):
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "reinforce", "cispo", "gspo"])
 def test_dropping_sequences_without_gradient_changes_no_gradient(name, monkeypatch):
-    groups, made = rollouts(), optimiser(name)
+    groups, made = mixed_groups(), optimiser(name)
     dropped, counts = gradient(made, groups), [sum(map(len, made.samples(groups)))]
 
     monkeypatch.setattr("rlvr_fast.optimise.vanishes", lambda objective: False)
@@ -90,7 +48,7 @@ def test_dropping_sequences_without_gradient_changes_no_gradient(name, monkeypat
 
 
 def test_dropped_sequences_still_count_in_the_denominators():
-    groups = rollouts()
+    groups = mixed_groups()
     lengths = [rollout.scored_tokens for group in groups for rollout in group]
 
     by_token, by_sequence = (
@@ -108,7 +66,7 @@ def test_dropped_sequences_still_count_in_the_denominators():
 @pytest.mark.parametrize("name", ["grpo", "reinforce", "gspo"])
 def test_the_microbatch_budget_changes_no_gradient(name, budget):
     whole, cut = optimiser(name), optimiser(name, tokens_per_microbatch=budget)
-    groups = rollouts()
+    groups = mixed_groups()
 
     assert len(cut.packs(cut.samples(groups))) > 1
     assert_same(gradient(cut, groups), gradient(whole, groups))
@@ -116,7 +74,7 @@ def test_the_microbatch_budget_changes_no_gradient(name, budget):
 
 def test_the_order_of_groups_and_rollouts_changes_no_gradient():
     plain = optimiser(tokens_per_microbatch=20)
-    groups = rollouts()
+    groups = mixed_groups()
     turned = [group[::-1] for group in groups[::-1]]
 
     assert_same(gradient(plain, turned), gradient(plain, groups))
@@ -125,11 +83,11 @@ def test_the_order_of_groups_and_rollouts_changes_no_gradient():
 def test_sharing_prompts_changes_no_gradient():
     shared, repeated = optimiser(share_prompts=True), optimiser(share_prompts=False)
 
-    assert_same(gradient(shared, rollouts()), gradient(repeated, rollouts()))
+    assert_same(gradient(shared, mixed_groups()), gradient(repeated, mixed_groups()))
 
 
 def test_masked_tokens_count_in_no_mean_and_have_no_gradient():
-    groups = rollouts()
+    groups = mixed_groups()
     first = groups[0][0]
     longer = replace(
         first,
@@ -147,11 +105,11 @@ def test_masked_tokens_count_in_no_mean_and_have_no_gradient():
 def test_a_term_without_advantage_keeps_every_sequence(setting):
     penalised = optimiser(**{setting: 0.1})
 
-    assert sum(map(len, penalised.samples(rollouts()))) == 9
+    assert sum(map(len, penalised.samples(mixed_groups()))) == 9
 
 
 def test_the_entropy_bonus_changes_the_gradient_and_raises_the_entropy():
-    groups = [[replace(rollout, advantage=0.0) for rollout in group] for group in rollouts()]
+    groups = [[replace(rollout, advantage=0.0) for rollout in group] for group in mixed_groups()]
     bonus = optimiser(entropy_coef=1.0, updates_per_batch=2, learning_rate=1e-3)
 
     before, after = (bonus.update(groups, step=1)["entropy"] for _ in range(2))
@@ -165,8 +123,8 @@ def test_the_kl_to_the_reference_starts_at_zero_and_the_penalty_holds_it_down():
         for kl_coef in (1e-9, 10.0)
     )
 
-    started, _ = (o.update(rollouts(), step=1)["ref_kl"] for o in (free, held))
-    drifted, kept = (o.update(rollouts(), step=2)["ref_kl"] for o in (free, held))
+    started, _ = (o.update(mixed_groups(), step=1)["ref_kl"] for o in (free, held))
+    drifted, kept = (o.update(mixed_groups(), step=2)["ref_kl"] for o in (free, held))
 
     assert abs(started) < 1e-6
     assert 0 <= kept < 0.5 * drifted
@@ -175,14 +133,14 @@ def test_the_kl_to_the_reference_starts_at_zero_and_the_penalty_holds_it_down():
 def test_only_updates_after_the_first_are_off_policy():
     one, two = optimiser(), optimiser(updates_per_batch=2, learning_rate=1e-2)
 
-    first, second = one.update(rollouts(), step=1), two.update(rollouts(), step=1)
+    first, second = one.update(mixed_groups(), step=1), two.update(mixed_groups(), step=1)
 
     assert first["ratio_min"] == first["ratio_max"] == 1
     assert second["ratio_min"] < 1 < second["ratio_max"]
 
 
 def test_old_log_probabilities_are_those_of_the_first_pass():
-    groups = rollouts()
+    groups = mixed_groups()
     two = optimiser("cispo", updates_per_batch=2, learning_rate=1e-2)
     alone = optimiser("cispo", learning_rate=1e-2)
     (packed,) = alone.packs(alone.samples(groups))
@@ -199,7 +157,7 @@ def test_old_log_probabilities_are_those_of_the_first_pass():
 
 def test_old_log_probabilities_are_those_of_every_token_however_the_batch_is_cut():
     """Also of tokens without a gradient: masked ones, and those whose advantage is 0."""
-    groups = rollouts()
+    groups = mixed_groups()
     first = groups[0][0]
     length = len(first.completion_ids)
     groups[0][0] = replace(
@@ -234,7 +192,7 @@ CORRECTIONS = {
 @pytest.mark.parametrize("mode", CORRECTIONS)
 def test_a_correction_is_a_weight_of_each_token(mode):
     """The oracle: the same factors, made beforehand from the trainer's logp, on the advantages."""
-    groups, plain = rollouts(), optimiser("reinforce")
+    groups, plain = mixed_groups(), optimiser("reinforce")
     made = optimiser("reinforce", mismatch_correction=mode, **CORRECTIONS[mode])
     settings = CORRECTIONS[mode]
     low, high = settings.get("mismatch_floor", 0.0), settings["mismatch_cap"]
@@ -258,7 +216,7 @@ def test_a_correction_is_a_weight_of_each_token(mode):
 
 def test_a_correction_reaches_no_penalty_and_tells_its_share():
     groups = [[replace(rollout, rollout_logp=[-60.0] * len(rollout.rollout_logp))
-               for rollout in group] for group in rollouts()]  # fmt: skip
+               for rollout in group] for group in mixed_groups()]  # fmt: skip
     masked = optimiser(mismatch_correction="token_mask", entropy_coef=0.1)
     only_penalty = optimiser(entropy_coef=0.1)
     no_signal = [[replace(rollout, advantage=0.0) for rollout in group] for group in groups]
@@ -269,7 +227,9 @@ def test_a_correction_reaches_no_penalty_and_tells_its_share():
 
 
 def test_a_correction_without_the_samplers_log_probabilities_is_refused():
-    groups = [[replace(rollout, rollout_logp=None) for rollout in group] for group in rollouts()]
+    groups = [
+        [replace(rollout, rollout_logp=None) for rollout in group] for group in mixed_groups()
+    ]
 
     with pytest.raises(ValueError, match="this objective reads rollout_logp: wanted it"):
         optimiser(mismatch_correction="token_truncate").update(groups, step=1)
@@ -298,15 +258,8 @@ def measured_mismatch(folder, head):
     found = engine.generate(prompts, SamplingParams(max_tokens=8, n=4))
     groups = [
         [
-            Rollout(
-                prompt=Prompt(index=0, example=Example("?"), ids=ids),
-                gen_prompt_ids=ids,
-                train_prompt_ids=ids,
-                completion_ids=completion.token_ids,
-                text="",
-                finished=True,
-                rollout_logp=completion.logp,
-                advantage=1.0,
+            rollout_of(
+                completion.token_ids, prompt_ids=ids, rollout_logp=completion.logp, advantage=1.0
             )
             for completion in completions
         ]
@@ -320,7 +273,7 @@ def test_the_head_precision_is_that_of_the_logits_of_policy_and_reference():
     found = {}
     for head in ("bf16", "fp32"):
         made = optimiser(precision="bf16", head_precision=head, kl_coef=0.1, temperature=0.05)
-        (packed,) = made.packs(made.samples(rollouts()))
+        (packed,) = made.packs(made.samples(mixed_groups()))
         packed = made._with_reference(packed)
         found[head] = torch.stack([made.backward(packed).logp, packed.scored.ref_logp])
     rounding = (found["bf16"] - found["fp32"]).abs()
@@ -336,10 +289,10 @@ def test_bf16_logits_of_fp32_products_are_refused():
 
 def test_the_mismatch_to_the_sampler_is_measured():
     trained = optimiser("reinforce")
-    exact = trained.packs(trained.samples(rollouts()))
+    exact = trained.packs(trained.samples(mixed_groups()))
     logp = torch.cat([trained.backward(packed).logp for packed in exact])
 
-    read = trained.update(rollouts(), step=1)
+    read = trained.update(mixed_groups(), step=1)
 
     gap = (logp + 4.0).double()
     assert read["mismatch_mean"] == pytest.approx(float(gap.abs().mean()), rel=1e-4)
@@ -350,7 +303,7 @@ def test_the_mismatch_to_the_sampler_is_measured():
 def test_a_batch_without_any_gradient_changes_no_weight():
     idle = optimiser()
     before = [p.detach().clone() for p in idle.model.parameters()]
-    groups = [[replace(rollout, advantage=0.0) for rollout in group] for group in rollouts()]
+    groups = [[replace(rollout, advantage=0.0) for rollout in group] for group in mixed_groups()]
 
     read = idle.update(groups, step=1)
 
@@ -361,7 +314,7 @@ def test_a_batch_without_any_gradient_changes_no_weight():
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_touches_a_weight():
     broken = optimiser()
     before = [p.detach().clone() for p in broken.model.parameters()]
-    groups = [[replace(r, advantage=float("inf")) for r in group] for group in rollouts()]
+    groups = [[replace(r, advantage=float("inf")) for r in group] for group in mixed_groups()]
 
     with pytest.raises(FloatingPointError, match=r"^gradient norm: wanted a finite number"):
         broken.update(groups, step=1)

@@ -9,57 +9,27 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import transformers
 from ranks import run_two
+from rollouts import rollout_of
+from small_models import KINDS, model_of
 from torch.distributed.tensor import DTensor
 
 from rlvr_fast import config as configs
 from rlvr_fast import lora, models, parallel
 from rlvr_fast.config import TrainConfig
 from rlvr_fast.methods.grpo import GRPO
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.methods.scores import Scores
 from rlvr_fast.objectives import Objective, importance_ratio
 from rlvr_fast.optimise import Optimiser
 from rlvr_fast.packed import Sample, pack
 from rlvr_fast.parallel import ALONE, World
 from rlvr_fast.policy import Policy
-from rlvr_fast.prompts import Prompt
 from rlvr_fast.scoring import PolicyScorer
-from rlvr_fast.tasks import Example
 
 VOCABULARY = 47
 """Three less than the embedding has rows."""
-SIZES = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
-    # Five times the usual, so that attention is far from uniform.
-    "initializer_range": 0.1,
-}  # fmt: skip
-KINDS = {
-    "Llama": {},
-    "Qwen2": {"tie_word_embeddings": True},
-    "Qwen3": {"head_dim": 16, "num_key_value_heads": 1},
-}
 SHAPES = [(3, [4, 0, 7]), (12, [2]), (1, [5, 1, 9])]
 """Tokens of a prompt and of its completions."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model is faster without threads, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def model_of(kind, seed=0):
-    if kind == "tiny":
-        return models.load(models.resolve("tiny"))[0]
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(**SIZES | KINDS[kind])
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 def groups_of(shapes=SHAPES, *, vocabulary=VOCABULARY):
@@ -70,16 +40,14 @@ def groups_of(shapes=SHAPES, *, vocabulary=VOCABULARY):
 
     groups = []
     for index, (length, completions) in enumerate(shapes):
-        prompt = Prompt(index=index, example=Example("?"), ids=ids(length))
-        plain = Rollout(
-            prompt=prompt,
-            gen_prompt_ids=[1],  # which nobody scores
-            train_prompt_ids=prompt.ids,
-            completion_ids=[],
-            text="",
-            finished=True,
+        prompt = ids(length)
+        groups.append(
+            [
+                # Nobody scores what was completed.
+                rollout_of(ids(count), prompt_ids=prompt, index=index, gen_prompt_ids=[1])
+                for count in completions
+            ]
         )
-        groups.append([replace(plain, completion_ids=ids(count)) for count in completions])
     return groups
 
 
@@ -131,7 +99,8 @@ def assert_scores(found, model, groups, **settings):
 @pytest.mark.parametrize("budget", [1, 15, 8192])
 @pytest.mark.parametrize("kind", [*KINDS, "tiny"])
 def test_scores_are_the_models_own_in_the_order_of_the_rollouts(kind, budget):
-    model, groups = model_of(kind), groups_of()
+    model = models.load(models.resolve("tiny"))[0] if kind == "tiny" else model_of(kind)
+    groups = groups_of()
 
     found = scorer_of(model, tokens_per_microbatch=budget).rollouts(groups, min_p=0.3)
 
@@ -171,12 +140,7 @@ def test_a_prompt_has_a_log_probability_for_every_token_but_the_first():
     found = scorer_of(model, tokens_per_microbatch=4).prompts(prompts)
 
     for prompt, logp in zip(prompts, found, strict=True):
-        start = Prompt(index=0, example=Example("?"), ids=list(prompt))
-        ((rollout,),) = groups_of([(1, [0])])
-        rollout = replace(
-            rollout, prompt=start, train_prompt_ids=prompt[:1], completion_ids=prompt[1:]
-        )
-        wanted = stock(model, rollout).logp
+        wanted = stock(model, rollout_of(prompt[1:], prompt_ids=prompt[:1])).logp
         torch.testing.assert_close(logp.double(), wanted, rtol=2e-5, atol=2e-5)
 
 

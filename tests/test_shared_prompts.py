@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-import transformers
+from small_models import KINDS, VOCABULARY, model_of
 from torch import Tensor
 
 from rlvr_fast import attention
@@ -12,30 +12,9 @@ from rlvr_fast.objectives import ClippedSurrogate
 from rlvr_fast.ops.policy_loss import policy_loss
 from rlvr_fast.packed import Sample, pack
 
-VOCABULARY, CLIP = 50, 0.2
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    # Five times the usual, so that attention is far from uniform.
-    "initializer_range": 0.1,
-}
-KINDS = {
-    "Llama": {},
-    "Qwen2": {"tie_word_embeddings": True},
-    "Qwen3": {"head_dim": 16, "num_key_value_heads": 1},
-}
+CLIP = 0.2
 LIMIT = 1e-5
 """Relative. In an fp64 model it would be no less: transformers computes its norms in fp32."""
-
-
-def model_of(kind):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES | KINDS[kind])
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 def groups_of(seed, common):

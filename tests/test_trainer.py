@@ -13,15 +13,6 @@ from rlvr_fast.tasks import Example, Task, load_task
 from rlvr_fast.trainer import Trainer
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model is faster without threads, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny(folder, **overrides):
     return configs.load("tiny", {"run_folder": str(folder), "trackers": "none", **overrides})
 

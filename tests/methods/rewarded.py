@@ -1,11 +1,8 @@
 """Groups of rollouts of which only rewards, lengths and penalties matter."""
 
-from dataclasses import replace
+from rollouts import rollout_of
 
 from rlvr_fast.methods import method
-from rlvr_fast.methods.rollouts import Rollout
-from rlvr_fast.prompts import Prompt
-from rlvr_fast.tasks import Example
 
 FIXTURE = [1, 0, 0, 1, 0]
 """Rewards whose advantages are known for every published baseline."""
@@ -13,18 +10,10 @@ LENGTHS = [2, 4, 4, 2, 8]
 
 
 def group(*rewards, lengths=None, index=0):
-    prompt = Prompt(index=index, example=Example("?"), ids=[5])
-    plain = Rollout(
-        prompt=prompt,
-        gen_prompt_ids=prompt.ids,
-        train_prompt_ids=prompt.ids,
-        completion_ids=[6],
-        text="",
-        finished=True,
-    )
+    lengths = lengths or [2] * len(rewards)
     return [
-        replace(plain, reward=reward, completion_ids=[6] * length)
-        for reward, length in zip(rewards, lengths or [1] * len(rewards), strict=True)
+        rollout_of([6] * length, index=index, reward=reward)
+        for reward, length in zip(rewards, lengths, strict=True)
     ]
 
 

@@ -1,32 +1,16 @@
 """The asymmetric confidence penalty: what it multiplies, and what it leaves alone."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from known import ADVANTAGE, BACKENDS, LOGP, REF, SEQUENCE_MEAN, f1
+from rewarded import FIXTURE, advantages, group
 
 from rlvr_fast.methods import method
 from rlvr_fast.methods.ace import WRONG
-from rlvr_fast.methods.rollouts import Rollout
-from rlvr_fast.prompts import Prompt
-from rlvr_fast.tasks import Example
 
-PROMPT = Prompt(index=0, example=Example("?"), ids=[5])
-PLAIN = Rollout(
-    prompt=PROMPT,
-    gen_prompt_ids=PROMPT.ids,
-    train_prompt_ids=PROMPT.ids,
-    completion_ids=[6, 7],
-    text="",
-    finished=True,
-)
 ALL_WRONG, SECOND_WRONG = {WRONG: [1.0] * 5}, {WRONG: [0.0] * 3 + [1.0] * 2}
-
-
-def group(*rewards):
-    return [[replace(PLAIN, reward=reward) for reward in rewards]]
 
 
 def moved(by, extras=ALL_WRONG, **options):
@@ -87,16 +71,16 @@ def test_no_gradient_flows_through_the_confidence():
 
 
 def test_only_scored_completions_below_the_bar_are_wrong():
-    ((right, partly, wrong, unscored),) = method("ace", {}).advantages(group(1.0, 0.5, 0.0, None))
+    ((right, partly, wrong, unscored),) = method("ace", {}).advantages([group(1.0, 0.5, 0.0, None)])
 
     found = [rollout.extras[WRONG] for rollout in (right, partly, wrong, unscored)]
     assert found == [0.0, 1.0, 1.0, 0.0]
-    ((_, partly, _),) = method("ace", {"correct": 0.5}).advantages(group(1.0, 0.5, 0.0))
+    ((_, partly, _),) = method("ace", {"correct": 0.5}).advantages([group(1.0, 0.5, 0.0)])
     assert partly.extras[WRONG] == 0.0
 
 
 def test_the_advantages_and_weights_are_those_of_grpo():
-    found, wanted = (method(name, {}).advantages(group(1, 0, 0, 1, 0)) for name in ("ace", "grpo"))
+    found, wanted = (advantages(name, group(*FIXTURE)) for name in ("ace", "grpo"))
 
-    assert [r.advantage for r in found[0]] == [r.advantage for r in wanted[0]]
+    assert found == wanted
     assert method("ace", {}).needs_reference

@@ -4,33 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rollouts import rollout_of
 
 from rlvr_fast import config as configs
 from rlvr_fast import models
 from rlvr_fast.methods import method
 from rlvr_fast.methods.base import BatchShape
 from rlvr_fast.methods.canon import conditional_advantages
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.optimise import Optimiser
-from rlvr_fast.prompts import Prompt
 from rlvr_fast.scoring import PolicyScorer
-from rlvr_fast.tasks import Example
 
 REWARDS, METRIC = [1.0, 0.0, 1.0, 1.0], [0.1, 0.2, 0.5, 0.6]
-PROMPT = Prompt(index=0, example=Example("?"), ids=[5, 9, 33])
-
-
-def rollout(reward, completion, **changes):
-    made = Rollout(
-        prompt=PROMPT,
-        gen_prompt_ids=PROMPT.ids,
-        train_prompt_ids=PROMPT.ids,
-        completion_ids=completion,
-        text="",
-        finished=True,
-        reward=reward,
-    )
-    return replace(made, **changes)
 
 
 def groups_of(*rewards, seed=0):
@@ -38,7 +22,11 @@ def groups_of(*rewards, seed=0):
     draw = torch.Generator().manual_seed(seed)
     return [
         [
-            rollout(reward, torch.randint(4, 90, (1 + 2 * i,), generator=draw).tolist())
+            rollout_of(
+                torch.randint(4, 90, (1 + 2 * i,), generator=draw).tolist(),
+                prompt_ids=[5, 9, 33],
+                reward=reward,
+            )
             for i, reward in enumerate(rewards)
         ]
         for _ in range(2)
@@ -167,7 +155,7 @@ def test_penalties_come_off_the_rewards():
 
 def test_whoever_of_equals_came_first_does_not_matter():
     rewards, completions = [1.0, 0.0, 0.0], [[5, 6], [5, 7], [4, 9]]
-    group = [rollout(r, ids) for r, ids in zip(rewards, completions, strict=True)]
+    group = [rollout_of(ids, reward=r) for r, ids in zip(rewards, completions, strict=True)]
     chosen = method("canon", {"metric": "length", "schedule": "constant", "mu": 1.0})
 
     found = [chosen.advantages([each])[0] for each in (group, group[::-1])]

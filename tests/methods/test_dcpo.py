@@ -5,38 +5,20 @@ import statistics
 
 import pytest
 import torch
+from rewarded import group
 from safetensors.torch import load_file
 
 from rlvr_fast import checkpoint, metrics
 from rlvr_fast import config as configs
 from rlvr_fast.methods import dcpo, method
 from rlvr_fast.methods.base import BatchShape
-from rlvr_fast.methods.rollouts import Rollout
-from rlvr_fast.prompts import Prompt
 from rlvr_fast.run import resumed_config, train
-from rlvr_fast.tasks import Example
-
-
-def group(rewards, index=0):
-    prompt = Prompt(index=index, example=Example("?"), ids=[5])
-    return [
-        Rollout(
-            prompt=prompt,
-            gen_prompt_ids=[5],
-            train_prompt_ids=[5],
-            completion_ids=[6],
-            text="",
-            finished=True,
-            reward=reward,
-        )
-        for reward in rewards
-    ]
 
 
 def visited(chosen, *visits):
     """The advantages of the last of these groups of one prompt."""
     for rewards in visits:
-        (found,) = chosen.advantages([group(rewards)])
+        (found,) = chosen.advantages([group(*rewards)])
     return [rollout.advantage for rollout in found]
 
 
@@ -135,9 +117,9 @@ def test_responses_that_nobody_could_score_leave_no_trace():
 
 def test_prompts_are_remembered_apart():
     chosen = method("dcpo", {})
-    chosen.advantages([group([1, 0], index=3), group([0, 0], index=4)])
+    chosen.advantages([group(1, 0, index=3), group(0, 0, index=4)])
 
-    first, second = chosen.advantages([group([1, 1], index=3), group([1, 1], index=5)])
+    first, second = chosen.advantages([group(1, 1, index=3), group(1, 1, index=5)])
 
     assert first[0].advantage > 0
     assert second[0].advantage == 0

@@ -9,6 +9,12 @@ from known import BACKENDS, SEQUENCE_SUM, f1
 from rlvr_fast.objectives import DynamicClipSurrogate
 
 
+def counted(backend, old, **given):
+    """Which of five tokens of this old log-probability have a gradient."""
+    found = f1(DynamicClipSurrogate(), backend, SEQUENCE_SUM, old=[old] * 5, **given)
+    return (found.dlogp != 0).tolist()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("old_probability", "high"),
@@ -28,16 +34,9 @@ def test_a_ratio_counts_up_to_the_upper_bound_of_the_paper(old_probability, high
     old = math.log(old_probability)
     below, above = (old + math.log(high * edge) for edge in (0.999, 1.001))
 
-    found = f1(
-        DynamicClipSurrogate(),
-        backend,
-        SEQUENCE_SUM,
-        advantage=[1.0, 1.0, -1.0, -1.0, 0.0],
-        logp=[below, above, below, old, old],
-        old=[old] * 5,
-    )
+    found = counted(backend, old, advantage=[1, 1, -1, -1, 0], logp=[below, above, below, old, old])
 
-    assert (found.dlogp != 0).tolist() == [True, False, True, True, False]
+    assert found == [True, False, True, True, False]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,16 +58,11 @@ def test_a_ratio_counts_down_to_the_lower_bound_of_the_paper(old_probability, lo
     old = math.log(old_probability)
     above, below = (old + math.log(low * edge) for edge in (1.001, 0.999))
 
-    found = f1(
-        DynamicClipSurrogate(),
-        backend,
-        SEQUENCE_SUM,
-        advantage=[-1.0, -1.0, 1.0, 1.0, 0.0],
-        logp=[above, below, below, above, old],
-        old=[old] * 5,
+    found = counted(
+        backend, old, advantage=[-1, -1, 1, 1, 0], logp=[above, below, below, above, old]
     )
 
-    assert (found.dlogp != 0).tolist() == [True, False, True, True, False]
+    assert found == [True, False, True, True, False]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from known import BACKENDS, LOGP, OLD, SEQUENCE_MEAN, f1
-from test_dcpo import group
+from rewarded import group
 
 from benches import drawn
 from rlvr_fast import embeddings, models
@@ -19,7 +19,7 @@ from rlvr_fast.tasks import Example
 def measured(rewards, diverse):
     return [
         replace(rollout, metadata={"diversity": value})
-        for rollout, value in zip(group(rewards), diverse, strict=True)
+        for rollout, value in zip(group(*rewards), diverse, strict=True)
     ]
 
 
@@ -90,7 +90,7 @@ def test_correct_responses_are_rewarded_for_diversity_and_wrong_ones_are_not():
 
     (found,) = chosen.advantages([measured([1, 1, 0], [0.4, 0.8, 0.8])])
 
-    (wanted,) = method("grpo", {}).advantages([group([1.2, 1.4, 0.0])])
+    (wanted,) = method("grpo", {}).advantages([group(1.2, 1.4, 0.0)])
     assert [r.advantage for r in found] == pytest.approx([r.advantage for r in wanted], abs=1e-6)
     assert [r.reward for r in found] == [1, 1, 0]
 
@@ -99,7 +99,7 @@ def test_correct_responses_are_rewarded_for_diversity_and_wrong_ones_are_not():
 def test_a_group_without_a_correct_response_is_trained_as_in_grpo(rewards):
     (found,) = method("dsdr", {"reward_coef": 0.5}).advantages([measured(rewards, [0.9, 0.1, 0.5])])
 
-    (wanted,) = method("grpo", {}).advantages([group(rewards)])
+    (wanted,) = method("grpo", {}).advantages([group(*rewards)])
     assert [r.advantage for r in found] == [r.advantage for r in wanted]
 
 

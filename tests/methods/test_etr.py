@@ -3,7 +3,7 @@
 import pytest
 import torch
 from known import BACKENDS, SEQUENCE_MEAN, f1
-from test_dcpo import group
+from rewarded import group
 
 from rlvr_fast.methods import etr, method
 from rlvr_fast.methods.etr import ElasticClipSurrogate
@@ -11,7 +11,7 @@ from rlvr_fast.objectives import ClippedSurrogate
 
 
 def bounded(rewards, **options):
-    (found,) = method("etr", options).advantages([group(rewards)])
+    (found,) = method("etr", options).advantages([group(*rewards)])
     return found
 
 
@@ -44,7 +44,7 @@ def test_without_gains_it_is_grpo_bit_for_bit(backend):
     assert found.loss == wanted.loss
     assert torch.equal(found.dlogp, wanted.dlogp)
     assert torch.equal(found.dlogits, wanted.dlogits)
-    (plain,) = method("grpo", {}).advantages([group([1.0, 0.0])])
+    (plain,) = method("grpo", {}).advantages([group(1.0, 0.0)])
     assert [one.advantage, other.advantage] == [rollout.advantage for rollout in plain]
 
 

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from known import BACKENDS, TOKEN_MEAN, f1
+from rollouts import rollout_of
 
 from rlvr_fast.methods import method
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.methods.scores import Scores
 from rlvr_fast.objectives import ClippedSurrogate
 from rlvr_fast.ops.token_statistics import token_statistics
-from rlvr_fast.prompts import Prompt
-from rlvr_fast.tasks import Example
 from rlvr_fast.tracing.level import Level, level
 from rlvr_fast.tracing.trace import trace
 from rlvr_fast.tracing.vanishing import vanishes
@@ -35,20 +33,6 @@ class Rows:
             return Scores(*(getattr(found, name) for name in Scores._fields))
 
         return [[scores(each.completion_ids) for each in group] for group in groups]
-
-
-def rollout(advantage, tokens, **given):
-    prompt = Prompt(index=0, example=Example("?"), ids=[1])
-    return Rollout(
-        prompt=prompt,
-        gen_prompt_ids=prompt.ids,
-        train_prompt_ids=prompt.ids,
-        completion_ids=tokens,
-        text="",
-        finished=True,
-        advantage=advantage,
-        **given,
-    )
 
 
 def shaped(groups, **options):
@@ -78,7 +62,7 @@ def pulled(backend, logp, proxy, **options):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_published_example(backend):
     """Source: papers-b, entry 20: threshold .01, Z .999, d .89709, k3 .55536, gradient -1.45245."""
-    _, (*_, proxy, dropped) = shaped([[rollout(-1.0, [0, 1, 2, 3, 4])]])
+    _, (*_, proxy, dropped) = shaped([[rollout_of([0, 1, 2, 3, 4], advantage=-1.0)]])
 
     found = pulled(backend, math.log(0.02), proxy)
 
@@ -90,7 +74,7 @@ def test_the_published_example(backend):
 
 def test_on_policy_the_pull_is_that_of_what_the_proxy_leaves_out():
     """d is -log Z = .0010005 where nothing has moved."""
-    _, proxy = shaped([[rollout(-1.0, [0, 1, 2, 3])]])
+    _, proxy = shaped([[rollout_of([0, 1, 2, 3], advantage=-1.0)]])
 
     gaps = [p - math.log(q) for p, q in zip(proxy, ROW, strict=False)]
 
@@ -99,7 +83,10 @@ def test_on_policy_the_pull_is_that_of_what_the_proxy_leaves_out():
 
 def test_the_rarest_tokens_of_wrong_answers_are_chosen_and_never_a_dropped_one():
     """Of 8 negative tokens half are rare: both of id 3, which the proxy keeps, and two of id 4."""
-    right, wrong = rollout(1.0, [3, 3, 4, 2]), rollout(-1.0, [0, 3, 4, 2, 0, 4, 3, 1])
+    right, wrong = (
+        rollout_of([3, 3, 4, 2], advantage=1.0),
+        rollout_of([0, 3, 4, 2, 0, 4, 3, 1], advantage=-1.0),
+    )
 
     rare, _ = shaped([[right, wrong]], rho=0.5)
 
@@ -108,13 +95,13 @@ def test_the_rarest_tokens_of_wrong_answers_are_chosen_and_never_a_dropped_one()
 
 def test_a_single_candidate_is_left_alone():
     """As in the authors' code: 0.2 of 8 tokens is one, of 10 tokens two."""
-    few, more = ([[rollout(-1.0, [0] * n + [3, 3])]] for n in (6, 8))
+    few, more = ([[rollout_of([0] * n + [3, 3], advantage=-1.0)]] for n in (6, 8))
 
     assert [sum(shaped(groups, rho=0.2)[0]) for groups in (few, more)] == [0, 2]
 
 
 def test_over_the_whole_batch_the_quantile_counts_right_answers_too():
-    right, wrong = rollout(1.0, [3, 3, 3, 3]), rollout(-1.0, [2, 0, 3, 0])
+    right, wrong = rollout_of([3, 3, 3, 3], advantage=1.0), rollout_of([2, 0, 3, 0], advantage=-1.0)
 
     batch, _ = shaped([[right, wrong]], rho=0.7, scope="batch")
     negative, _ = shaped([[right, wrong]], rho=0.7, scope="negative")
@@ -124,7 +111,7 @@ def test_over_the_whole_batch_the_quantile_counts_right_answers_too():
 
 
 def test_tokens_that_the_policy_did_not_write_are_not_chosen():
-    wrong = rollout(-1.0, [3, 3, 3, 0, 0], loss_mask=[0, 1, 1, 1, 1])
+    wrong = rollout_of([3, 3, 3, 0, 0], advantage=-1.0, loss_mask=[0, 1, 1, 1, 1])
 
     for scope in ("batch", "negative"):
         rare, _ = shaped([[wrong]], rho=0.55, scope=scope)
@@ -132,7 +119,7 @@ def test_tokens_that_the_policy_did_not_write_are_not_chosen():
 
 
 def test_min_p_of_0_keeps_the_policy_as_it_is():
-    _, proxy = shaped([[rollout(-1.0, [0, 1, 2, 3, 4])]], min_p=0.0)
+    _, proxy = shaped([[rollout_of([0, 1, 2, 3, 4], advantage=-1.0)]], min_p=0.0)
 
     assert proxy == pytest.approx([math.log(p) for p in ROW], abs=1e-6)
 

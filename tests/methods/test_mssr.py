@@ -1,32 +1,16 @@
 """One rollout per prompt: a remembered baseline and entropy in the advantage."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from known import BACKENDS, TOKEN_MEAN, assert_known, f1, with_entropy
+from rewarded import group
 
 from rlvr_fast.methods.mssr import MSSR, EntropyShapedSurrogate
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.objectives import ClippedSurrogate
-from rlvr_fast.prompts import Prompt
-from rlvr_fast.tasks import Example
 from rlvr_fast.tracing.level import Level, level
 from rlvr_fast.tracing.trace import trace
-
-
-def group(index, *rewards):
-    prompt = Prompt(index=index, example=Example("?"), ids=[5])
-    plain = Rollout(
-        prompt=prompt,
-        gen_prompt_ids=[5],
-        train_prompt_ids=[5],
-        completion_ids=[6, 7],
-        text="",
-        finished=True,
-    )
-    return [replace(plain, reward=reward) for reward in rewards]
 
 
 def values(method, *rewards):
@@ -34,7 +18,7 @@ def values(method, *rewards):
     found = []
     for reward in rewards:
         found.append(method._value(0))
-        method.advantages([group(0, reward)])
+        method.advantages([group(reward)])
     return found
 
 
@@ -46,7 +30,7 @@ def test_the_baseline_forgets_as_the_paper_says():
 
 
 def test_advantages_are_whitened_over_the_batch():
-    found = MSSR().advantages([group(0, 1.0), group(1, 0.0), group(2, 0.0)])
+    found = MSSR().advantages([group(1.0), group(0.0, index=1), group(0.0, index=2)])
 
     values = torch.tensor([rollout.advantage for (rollout,) in found])
     assert float(values.sum()) == pytest.approx(0, abs=1e-6)
@@ -56,7 +40,7 @@ def test_advantages_are_whitened_over_the_batch():
 def test_a_completion_that_nobody_could_score_is_not_counted():
     method = MSSR()
 
-    (_, unscored), _ = method.advantages([group(0, 1.0, None), group(1, 0.0)])
+    (_, unscored), _ = method.advantages([group(1.0, None), group(0.0, index=1)])
 
     assert unscored.advantage == 0
     assert method._counts["0"] == pytest.approx((0.96 + 1, 0.96))
@@ -118,12 +102,12 @@ def test_it_runs_in_the_single_pass_and_the_entropy_has_no_gradient():
 
 def test_what_is_remembered_survives_a_checkpoint():
     before, after = MSSR(), MSSR()
-    before.advantages([group(0, 1.0), group(1, 0.0)])
+    before.advantages([group(1.0), group(0.0, index=1)])
     before.observe({"kl": 0.004})
 
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
 
-    batch = [group(0, 0.0), group(1, 1.0)]
+    batch = [group(0.0), group(1.0, index=1)]
     assert after.advantages(batch) == before.advantages(batch)
     assert after.eta() == before.eta()
 

@@ -1,38 +1,25 @@
 """Outcome prediction: known scores and losses, and RLOO's gradient where the policy is the old."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
+from rewarded import group
 
 from rlvr_fast.methods import method
 from rlvr_fast.methods.base import BatchShape
 from rlvr_fast.methods.pacs import CLASS_WEIGHT, LABEL, Centring, OutcomeCrossEntropy, Proxy
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.objectives import PolicyGradient
 from rlvr_fast.ops.objective_rows import Segmentation, evaluate
-from rlvr_fast.prompts import Prompt
-from rlvr_fast.tasks import Example
 from rlvr_fast.tracing.tokens import TokenFields
 
-PROMPT = Prompt(index=0, example=Example("?"), ids=[5])
-PLAIN = Rollout(
-    prompt=PROMPT,
-    gen_prompt_ids=PROMPT.ids,
-    train_prompt_ids=PROMPT.ids,
-    completion_ids=[6, 7],
-    text="",
-    finished=True,
-)
 LENGTHS = [2, 1, 3, 2]
 PROXIES = [0.3, -0.1, 0.2, 0.0]
 REWARDS = [1.0, 0.0, 0.0, 0.0]
 
 
 def labelled(*rewards, **options):
-    groups = [[replace(PLAIN, reward=reward) for reward in rewards]]
-    return method("pacs", options).advantages(groups)[0]
+    return method("pacs", options).advantages([group(*rewards)])[0]
 
 
 def batch(proxies, rewards, lengths=LENGTHS, *, groups=None, weights=None, objective=None):

@@ -6,16 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from known import BACKENDS, TOKEN_MEAN, assert_known, f1
+from rollouts import rollout_of
 
 from rlvr_fast import config as configs
 from rlvr_fast import models
 from rlvr_fast.methods import method
 from rlvr_fast.methods.progrpo import low_quantile_confidence
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.optimise import Optimiser
-from rlvr_fast.prompts import Prompt
 from rlvr_fast.scoring import PolicyScorer
-from rlvr_fast.tasks import Example
 
 LOGP = [-0.1, -0.2, -2.0, -0.05, -0.3, -0.01, -0.02, -0.4, -1.0, -0.03]
 
@@ -29,18 +27,10 @@ def groups_of(*rewards):
 
     groups = []
     for index, each in enumerate(rewards):
-        prompt = Prompt(index=index, example=Example("?"), ids=ids(2 + 4 * index))
+        prompt = ids(2 + 4 * index)
         groups.append(
             [
-                Rollout(
-                    prompt=prompt,
-                    gen_prompt_ids=prompt.ids,
-                    train_prompt_ids=prompt.ids,
-                    completion_ids=ids(3 + 3 * i),
-                    text="",
-                    finished=True,
-                    reward=reward,
-                )
+                rollout_of(ids(3 + 3 * i), prompt_ids=prompt, index=index, reward=reward)
                 for i, reward in enumerate(each)
             ]
         )

@@ -5,21 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rollouts import rollout_of
 from transformers import AutoModelForCausalLM
 
 from rlvr_fast import config as configs
 from rlvr_fast import models
 from rlvr_fast.methods import method
 from rlvr_fast.methods.rapo import FlattenedReferenceKL
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.objectives import ClippedSurrogate
 from rlvr_fast.ops import logprobs
 from rlvr_fast.ops.fused_rows import fused_rows
 from rlvr_fast.ops.objective_rows import Segmentation, evaluate
 from rlvr_fast.optimise import Optimiser
-from rlvr_fast.prompts import Prompt
 from rlvr_fast.scoring import PolicyScorer
-from rlvr_fast.tasks import Example
 from rlvr_fast.tracing.level import Level, level
 from rlvr_fast.tracing.tokens import TokenFields
 from rlvr_fast.tracing.trace import trace
@@ -155,13 +153,9 @@ def batch():
         ids = torch.randint(4, 99, (4,)).tolist()
         groups.append(
             [
-                Rollout(
-                    prompt=Prompt(index=0, example=Example("?"), ids=ids),
-                    gen_prompt_ids=ids,
-                    train_prompt_ids=ids,
-                    completion_ids=torch.randint(4, 99, (n + 1,)).tolist(),
-                    text="",
-                    finished=True,
+                rollout_of(
+                    torch.randint(4, 99, (n + 1,)).tolist(),
+                    prompt_ids=ids,
                     reward=reward,
                     advantage=0.0,
                 )

@@ -43,7 +43,9 @@ def test_what_nobody_could_score_is_left_out(name):
 
 
 def test_one_completion_a_prompt_is_enough_without_a_baseline():
-    found = shaped("reinforce_pp", *(group(r, index=i) for i, r in enumerate((1, 0, 0))))
+    found = shaped(
+        "reinforce_pp", *(group(r, lengths=[1], index=i) for i, r in enumerate((1, 0, 0)))
+    )
 
     assert found == pytest.approx([2 / 3**0.5, -1 / 3**0.5, -1 / 3**0.5])
 

@@ -2,35 +2,25 @@
 
 import math
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 from known import BACKENDS, LOGP, OLD, TOKEN_MEAN, assert_known, f1
+from rewarded import FIXTURE, advantages, group
 
 from rlvr_fast import config as configs
 from rlvr_fast.methods import method
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.methods.rover import OLD_VALUE, TARGET, following
 from rlvr_fast.objectives import PolicyGradient
 from rlvr_fast.ops.token_statistics import TokenStatistics, token_statistics
 from rlvr_fast.packed import Sample, pack
-from rlvr_fast.prompts import Prompt
-from rlvr_fast.tasks import Example, load_task
+from rlvr_fast.tasks import load_task
 from rlvr_fast.tracing.level import Level, level
 from rlvr_fast.tracing.trace import trace
 from rlvr_fast.trainer import Trainer
 
 FLAT, TILTED = -1.098612, -1.407606
-PROMPT = Prompt(index=0, example=Example("?"), ids=[5])
-PLAIN = Rollout(
-    prompt=PROMPT,
-    gen_prompt_ids=PROMPT.ids,
-    train_prompt_ids=PROMPT.ids,
-    completion_ids=[6],
-    text="",
-    finished=True,
-)
 
 
 @dataclass
@@ -187,10 +177,9 @@ def test_without_a_future_nobody_is_asked_for_statistics(options, updates):
 
 @pytest.mark.parametrize(("standardise", "wanted"), [(False, 0.6), (True, 1.095443)])
 def test_the_reward_is_centred_and_on_demand_divided(standardise, wanted):
-    groups = [[replace(PLAIN, reward=reward) for reward in (1, 0, 0, 1, 0)]]
-    ((first, *_),) = method("rover", {"standardise": standardise}).advantages(groups)
+    first, *_ = advantages("rover", group(*FIXTURE), standardise=standardise)
 
-    assert first.advantage == pytest.approx(wanted, abs=2e-6)
+    assert first == pytest.approx(wanted, abs=2e-6)
 
 
 def weights_after_a_step(folder, updates, future):

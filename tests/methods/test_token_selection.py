@@ -18,39 +18,23 @@ from known import (
     fields_of,
     on_rows,
 )
+from rollouts import rollout_of
 
 from rlvr_fast import config as configs
 from rlvr_fast import models
 from rlvr_fast.methods import method
 from rlvr_fast.methods.batch_tokens import covariances, token_advantages
 from rlvr_fast.methods.high_entropy import HighEntropy
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.methods.scores import Scores
 from rlvr_fast.objectives import ClippedSurrogate, Objective
 from rlvr_fast.optimise import Optimiser
-from rlvr_fast.prompts import Prompt
-from rlvr_fast.tasks import Example
 from rlvr_fast.tracing.level import Level, level
 from rlvr_fast.tracing.trace import trace
 
 NAMES = ["high_entropy", "clip_cov", "kl_cov"]
 
 
-def rollout(advantage, tokens, **given):
-    prompt = Prompt(index=0, example=Example("?"), ids=[5, 6, 7])
-    return Rollout(
-        prompt=prompt,
-        gen_prompt_ids=prompt.ids,
-        train_prompt_ids=prompt.ids,
-        completion_ids=tokens,
-        text="",
-        finished=True,
-        advantage=advantage,
-        **given,
-    )
-
-
-F1 = [[rollout(1.0, [4, 5, 6]), rollout(-1.0, [4, 5])]]
+F1 = [[rollout_of([4, 5, 6], advantage=1.0), rollout_of([4, 5], advantage=-1.0)]]
 
 
 @dataclass
@@ -192,7 +176,7 @@ def test_kl_cov_acts_only_once_the_policy_has_moved():
 def test_tokens_that_the_policy_did_not_write_are_not_compared(name):
     """They would be the first choice of all three, and would move the means and the quantile."""
     chosen = method(name, {} if name != "clip_cov" else {"cov_low": 0.0})
-    written = rollout(1.0, [4, 5, 6, 9], loss_mask=[1, 1, 1, 0])
+    written = rollout_of([4, 5, 6, 9], advantage=1.0, loss_mask=[1, 1, 1, 0])
 
     plain = shaped(chosen)
     found = shaped(
@@ -249,7 +233,12 @@ class WholeBatch(HighEntropy):
 def test_80_20_is_what_one_pass_over_the_whole_batch_would_choose():
     torch.manual_seed(0)
     groups = [
-        [rollout(float(a), torch.randint(4, 99, (n,)).tolist()) for a, n in group]
+        [
+            rollout_of(
+                torch.randint(4, 99, (n,)).tolist(), prompt_ids=[5, 6, 7], advantage=float(a)
+            )
+            for a, n in group
+        ]
         for group in ([(1, 5), (-1, 3), (0, 4)], [(2, 6), (-2, 1)])
     ]
     plain, cut = WholeBatch(), HighEntropy()

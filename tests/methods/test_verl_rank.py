@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rollouts import rollout_of
 
 from rlvr_fast import config as configs
 from rlvr_fast import metrics, models
 from rlvr_fast.methods import method
-from rlvr_fast.methods.rollouts import Rollout
 from rlvr_fast.methods.verl_rank import (
     Indicators,
     effective_rank,
@@ -19,10 +19,8 @@ from rlvr_fast.methods.verl_rank import (
     prefix_ranks,
 )
 from rlvr_fast.optimise import Optimiser
-from rlvr_fast.prompts import Prompt
 from rlvr_fast.run import resumed_config, train
 from rlvr_fast.scoring import PolicyScorer
-from rlvr_fast.tasks import Example
 
 OPTIONS = {"stride": 2}
 """So that short completions have prefixes."""
@@ -41,20 +39,9 @@ def groups_of(*rewards, seed=0):
     def ids(count):
         return torch.randint(4, 90, (count,), generator=draw).tolist()
 
-    prompt = Prompt(index=0, example=Example("?"), ids=ids(4))
+    prompt = ids(4)
     return [
-        [
-            Rollout(
-                prompt=prompt,
-                gen_prompt_ids=prompt.ids,
-                train_prompt_ids=prompt.ids,
-                completion_ids=ids(9 - i),
-                text="",
-                finished=True,
-                reward=reward,
-            )
-            for i, reward in enumerate(each)
-        ]
+        [rollout_of(ids(9 - i), prompt_ids=prompt, reward=reward) for i, reward in enumerate(each)]
         for each in rewards
     ]
 

@@ -11,15 +11,6 @@ from rlvr_fast.rollout.embedded import EmbeddedEngine
 PROMPTS = [[5, 9, 33], [7], [8, 60, 61, 62, 63, 64, 65, 66], [12, 12], [90, 80, 70, 60, 50]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine, threads of tiny models mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model of strong opinions, so that its answers differ."""
@@ -40,6 +31,15 @@ def stock(folder):
 @pytest.fixture
 def engine(folder):
     return EmbeddedEngine(folder, dtype=torch.float32)
+
+
+def engine_ending_with(ids, folder, **settings):
+    """Of the same model, whose completions these ids end besides its own 2."""
+    GenerationConfig(eos_token_id=ids).save_pretrained(folder)
+    try:
+        return EmbeddedEngine(folder, dtype=torch.float32, **settings)
+    finally:
+        GenerationConfig(eos_token_id=2).save_pretrained(folder)
 
 
 def _stock_logits(model, prompt, completion):
@@ -115,12 +115,10 @@ def test_a_small_cache_changes_no_completion(folder, engine, cache_tokens):
 
 def test_a_completion_ends_with_its_first_end_of_sequence(folder):
     ends = list(range(4, 100, 5))
-    GenerationConfig(eos_token_id=ends).save_pretrained(folder)
-    sampling = SamplingParams(max_tokens=6, n=5)
-    try:
-        got = EmbeddedEngine(folder, dtype=torch.float32).generate(PROMPTS, sampling)
-    finally:
-        GenerationConfig(eos_token_id=2).save_pretrained(folder)
+    engine = engine_ending_with(ends, folder)
+
+    got = engine.generate(PROMPTS, SamplingParams(max_tokens=6, n=5))
+
     completions = [completion for group in got for completion in group]
 
     # The config's own id 2 counts as well.
@@ -132,12 +130,9 @@ def test_a_completion_ends_with_its_first_end_of_sequence(folder):
 
 
 def test_rows_that_leave_do_not_disturb_those_that_stay(folder, stock):
-    GenerationConfig(eos_token_id=list(range(4, 100, 6))).save_pretrained(folder)
-    sampling = SamplingParams(max_tokens=24, n=6)
-    try:
-        got = EmbeddedEngine(folder, dtype=torch.float32).generate(PROMPTS, sampling)
-    finally:
-        GenerationConfig(eos_token_id=2).save_pretrained(folder)
+    engine = engine_ending_with(list(range(4, 100, 6)), folder)
+
+    got = engine.generate(PROMPTS, SamplingParams(max_tokens=24, n=6))
 
     assert len({len(c.token_ids) for group in got for c in group}) > 4
     for prompt, group in zip(PROMPTS, got, strict=True):
@@ -150,12 +145,8 @@ def test_rows_that_leave_do_not_disturb_those_that_stay(folder, stock):
 def test_the_plain_cache_gives_the_completions_of_the_compiled_one(
     folder, monkeypatch, cache_tokens
 ):
-    GenerationConfig(eos_token_id=list(range(4, 100, 6))).save_pretrained(folder)
+    engine = engine_ending_with(list(range(4, 100, 6)), folder, cache_tokens=cache_tokens)
     sampling = SamplingParams(max_tokens=24, n=6)
-    try:
-        engine = EmbeddedEngine(folder, dtype=torch.float32, cache_tokens=cache_tokens)
-    finally:
-        GenerationConfig(eos_token_id=2).save_pretrained(folder)
     used = []
     for kind in (kv_cache.BlockCache, kv_cache.PlainCache):
         attend = kind.attend
