@@ -293,7 +293,8 @@ def threads(logits: Tensor) -> int:
 
 def as_numpy(x: Tensor) -> np.ndarray[Any, Any]:
     """Shares the memory; NumPy has no bf16, so it crosses as its bits."""
-    return x.detach().view(CPP_VIEWS[x.dtype]).numpy()
+    # Tensor.numpy() would forbid FSDP for good to free a weight's memory.
+    return np.from_dlpack(x.detach().view(CPP_VIEWS[x.dtype]))
 
 
 def _shown(value: Tensor) -> str:
