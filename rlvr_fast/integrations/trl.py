@@ -5,13 +5,11 @@ repeated prompts are never computed. Everything else is TRL's own: its settings,
 rewards, advantages, metrics, checkpoints.
 """
 
-import functools
 from collections.abc import Callable, Mapping
-from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 try:
@@ -23,6 +21,7 @@ except ImportError as error:
     ) from error
 
 from rlvr_fast import attention
+from rlvr_fast.integrations import trl_passes as passes
 from rlvr_fast.integrations import trl_support as support
 from rlvr_fast.integrations.trl_layout import Batch, Layout, layout, packed_window
 from rlvr_fast.integrations.trl_problem import is_training, problem
@@ -42,6 +41,8 @@ __all__ = ["FastGRPOTrainer"]
 
 Scores = tuple[Tensor, Tensor]
 """Log-probability and entropy, nats."""
+Function = Callable[[Layout, Tensor, dict[str, Any]], tuple[Tensor, ...]]
+"""Of a layout, its hidden states `[n, D]`, and head and temperature as arguments of our ops."""
 OBJECTIVE_FREE = ("kl", "entropy", "entropy_coef")
 """Metrics of TRL that mean the same whatever the objective."""
 
@@ -57,7 +58,7 @@ class FastGRPOTrainer(GRPOTrainer):
         share_prompts: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Gives the model's `forward` one more entrance; see `restore_model`.
+        """Gives the `forward` of model and head one more entrance; see `restore_model`.
 
         Args:
             args, kwargs: of `GRPOTrainer`.
@@ -77,22 +78,23 @@ class FastGRPOTrainer(GRPOTrainer):
         support.check_settings(self)
         support.check_adapters(policy)
         self._goal = support.goal(self, objective, method)
-        base = _base(policy)
-        support.check_head(base)
-        self._window: dict[int, float] = {}
-        self._before: list[tuple[Any, Callable[..., Any], str]] = []
-        for each in [base] if self.ref_model is None else [base, _base(self.ref_model)]:
-            shared = share_prompts and not self.use_transformers_continuous_batching
-            self._before.append((each, each.forward, each.config._attn_implementation))
-            self._window[id(each)] = packed_window(each) if shared else 0
-            _add_entrance(each)
+        bases = [self._base(x) for x in (policy, self.ref_model) if x is not None]
+        base = bases[0]
+        support.check_parts(base)
+        self._attention = [(each, each.config._attn_implementation) for each in bases]
+        heads = [self._base(each.get_output_embeddings()) for each in bases]
+        self._undo = [passes.add_entrance(each) for each in (*bases, *heads)]
+        support.check_logits(base)
+        shared = share_prompts and not self.use_transformers_continuous_batching
+        self._window = {id(each): packed_window(each) if shared else 0 for each in bases}
         self._regroups = bool(self._window[id(base)]) and is_neutral(self, self._goal)
         self._known: Scores | None = None
 
     def restore_model(self) -> None:
-        """Gives the model its own `forward` and attention again, for use without this trainer."""
-        for model, forward, implementation in self._before:
-            model.forward = forward
+        """Gives models their own `forward` and attention again, for use without this trainer."""
+        for undo in self._undo:
+            undo()
+        for model, implementation in self._attention:
             model.set_attn_implementation(implementation)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class FastGRPOTrainer(GRPOTrainer):
         self._buffered_inputs = regrouped(self._buffered_inputs, window)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of a micro-batch, whose backward hands out finished gradients."""
         scored = inputs["completion_mask"]
         scored = scored * inputs["tool_mask"] if "tool_mask" in inputs else scored
@@ -114,19 +116,18 @@ class FastGRPOTrainer(GRPOTrainer):
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
             scored,
         )
-        with self.accelerator.autocast():
-            found: tuple[Tensor, Tensor, Tensor] = model(
-                rlvr_fast_call=lambda base: self._loss(base, self._layout(base, batch), inputs)
-            )
-        self._record(model, inputs, found[1:])
-        return found[0]
+
+        def scored_loss(rows: Layout, hidden: Tensor, head: dict[str, Any]) -> tuple[Tensor, ...]:
+            return self._loss(rows, inputs, hidden, head)
+
+        loss, logp, entropy = self._pass(model, batch, scored_loss)
+        self._record(model, inputs, (logp, entropy))
+        return loss
 
     def _loss(
-        self, model: PreTrainedModel, rows: Layout, inputs: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, rows: Layout, inputs: Mapping[str, Any], hidden: Tensor, head: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
         """Loss, and `[B, C]` log-probability and entropy, detached."""
-        hidden, head = rows.hidden(model), self._head(model)
-        hidden = hidden.to(head["weight"].device)
         chosen = None
         if self.top_entropy_quantile < 1.0:
             with torch.no_grad():
@@ -139,7 +140,7 @@ class FastGRPOTrainer(GRPOTrainer):
         out = policy_loss(hidden, tokens=tokens.to(hidden.device), objective=objective, **head)
         return out.loss, rows.spread(out.logp), rows.spread(out.entropy)
 
-    def _record(self, model: torch.nn.Module, inputs: dict[str, Any], scores: Scores) -> None:
+    def _record(self, model: nn.Module, inputs: dict[str, Any], scores: Scores) -> None:
         """TRL's own loss of these scores, for what it logs and remembers on the way."""
         metrics = self._metrics["train" if is_training(self) else "eval"]
         before = {name: len(values) for name, values in metrics.items()}
@@ -157,7 +158,7 @@ class FastGRPOTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
@@ -175,47 +176,36 @@ class FastGRPOTrainer(GRPOTrainer):
             strict=True,
         ):
             batch = _batch(ids, mask, mask[:, -logits_to_keep:])
-            with self.accelerator.autocast():
-                found.append(model(rlvr_fast_call=functools.partial(self._score, batch=batch)))
+            found.append(self._pass(model, batch, _scores))
         logp, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
         return logp, entropy if compute_entropy else None, None
 
-    def _score(self, model: PreTrainedModel, batch: Batch) -> Scores:
-        rows, head = self._layout(model, batch), self._head(model)
-        hidden = rows.hidden(model).to(head["weight"].device)
-        found = linear_logprobs(hidden, **head, targets=rows.targets.to(hidden.device))
-        return rows.spread(found.logp), rows.spread(found.entropy)
+    def _pass(self, model: nn.Module, batch: Batch, function: Function) -> tuple[Tensor, ...]:
+        """What a function finds, run in the calls of the model and its head."""
 
-    def _layout(self, model: PreTrainedModel, batch: Batch) -> Layout:
-        return layout(batch, window=self._window[id(model)])
+        def in_model(base: PreTrainedModel) -> tuple[Tensor, ...]:
+            rows = layout(batch, window=self._window[id(base)])
 
-    def _head(self, model: PreTrainedModel) -> dict[str, Any]:
-        return vars(attention.head(model)) | {"temperature": self.temperature}
+            def in_head(hidden: Tensor) -> tuple[Tensor, ...]:
+                head = vars(attention.head(base)) | {"temperature": self.temperature}
+                return function(rows, hidden.to(head["weight"].device), head)
+
+            return passes.in_head(base, rows.hidden(base), in_head)
+
+        with self.accelerator.autocast():
+            return passes.in_model(model, in_model)
+
+    def _base(self, module: Any) -> Any:
+        """Inside of the wrappers of FSDP and peft, whose `forward` ends in this one's."""
+        inner = self.accelerator.unwrap_model(module)
+        adapted = hasattr(inner, "peft_config") and hasattr(inner, "get_base_model")
+        return inner.get_base_model() if adapted else inner
 
 
 def _batch(ids: Tensor, mask: Tensor, scored: Tensor) -> Batch:
     return Batch(ids=ids.cpu(), mask=mask.cpu() != 0, scored=scored.cpu() != 0)
 
 
-def _base(model: Any) -> PreTrainedModel:
-    """Inside of peft's wrapper, whose `forward` ends in this one's."""
-    found: PreTrainedModel = (
-        model.get_base_model()
-        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-        else model
-    )
-    return found
-
-
-def _add_entrance(model: PreTrainedModel) -> None:
-    """`model(rlvr_fast_call=f)` is `f(model)`, inside of all hooks; other calls stay the same."""
-    plain: Callable[..., Any] = model.forward
-
-    # Generation looks at the signature.
-    @functools.wraps(type(model).forward)
-    def forward(
-        self: PreTrainedModel, *args: Any, rlvr_fast_call: Any = None, **kwargs: Any
-    ) -> Any:
-        return plain(*args, **kwargs) if rlvr_fast_call is None else rlvr_fast_call(self)
-
-    model.forward = MethodType(forward, model)
+def _scores(rows: Layout, hidden: Tensor, head: dict[str, Any]) -> tuple[Tensor, ...]:
+    found = linear_logprobs(hidden, **head, targets=rows.targets.to(hidden.device))
+    return rows.spread(found.logp), rows.spread(found.entropy)

@@ -71,7 +71,7 @@ class Layout:
         device, batch = model.device, self.batch
         index = self.hidden_index.to(device)
         if self.packed is not None:
-            return attention.hidden_states(model, self.packed.to(device)).index_select(0, index)
+            return _packed_hidden(model, self.packed.to(device)).index_select(0, index)
         found = model.get_decoder()(
             input_ids=batch.ids.to(device),
             attention_mask=batch.mask.to(device).long(),
@@ -96,6 +96,21 @@ class Layout:
     def targets(self) -> Tensor:
         """`[n]` int64 on the CPU."""
         return self.batch.ids[:, -self.batch.width :].reshape(-1).index_select(0, self.places)
+
+
+class _Kept:
+    """A plan that FSDP hands to each layer as it is: of a dataclass it would make a copy in its own
+    dtype, without what the layer before has prepared.
+    """
+
+    def __init__(self, plan: attention.Plan) -> None:
+        self.longest = plan.longest
+        self.attend = plan.attend
+
+
+def _packed_hidden(model: PreTrainedModel, packed: Packed) -> Tensor:
+    plan = _Kept(attention.plan_pack(packed))
+    return attention.run(model, packed.input_ids[None], packed.position_ids[None], plan)[0]
 
 
 def layout(batch: Batch, *, window: float) -> Layout:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 
 from rlvr_fast import attention
@@ -33,7 +34,7 @@ def check_settings(trainer: Any) -> None:
         "torch_compile": args.torch_compile,
         "router_aux_loss_coef": trainer.aux_loss_enabled and trainer.router_aux_loss_coef,
         "deepspeed": trainer.is_deepspeed_enabled,
-        "fsdp": trainer.is_fsdp_enabled,
+        "fsdp_config['cpu_offload']": _offloads(trainer),
     }
     for name, value in refused.items():
         if value:
@@ -51,6 +52,14 @@ def check_settings(trainer: Any) -> None:
         )
 
 
+def _offloads(trainer: Any) -> bool:
+    """Then a model's weights say nothing of the device on which it runs."""
+    if not trainer.is_fsdp_enabled:
+        return False
+    policy = trainer.accelerator.state.fsdp_plugin.cpu_offload
+    return isinstance(policy, CPUOffloadPolicy) or bool(getattr(policy, "offload_params", False))
+
+
 def check_adapters(model: nn.Module) -> None:
     """Raises a ValueError for adapters that change what the backbone is given."""
     for settings in (getattr(model, "peft_config", None) or {}).values():
@@ -61,11 +70,8 @@ def check_adapters(model: nn.Module) -> None:
             )
 
 
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Raises a ValueError unless backbone and head, as this package runs them, give the model's own
-    logits for four tokens.
-    """
+def check_parts(model: PreTrainedModel) -> None:
+    """Raises a ValueError for a model that does not end in a decoder and a plain head."""
     output = model.get_output_embeddings()
     if type(output) is not nn.Linear:
         raise ValueError(
@@ -76,15 +82,25 @@ def check_head(model: PreTrainedModel) -> None:
         raise ValueError(
             f"model: wanted one whose decoder get_decoder() gives, got {type(model).__name__}"
         )
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel) -> None:
+    """Raises a ValueError unless backbone and head, as this package runs them, give the model's own
+    logits for four tokens.
+    """
+    if model.device.type == "meta":  # FSDP's cpu_ram_efficient_loading; rank 0 has the weights.
+        return
+    output: Any = model.get_output_embeddings()
     ids = torch.arange(4, device=model.device)[None] % len(output.weight)
     training = model.training
     model.eval()
     try:
-        wanted = model(input_ids=ids, use_cache=False).logits
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        wanted = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         model.train(training)
-    found, wanted = _logits(hidden.to(output.weight.dtype), model).float(), wanted.float()
+    found = _logits(hidden.to(output.weight.dtype), model).float()
     error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
     if not error <= CLOSE.get(output.weight.dtype, CLOSE_NARROW):
         raise ValueError(
