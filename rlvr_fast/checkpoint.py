@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -199,14 +200,22 @@ def _checkpoints(run_folder: Path) -> list[Path]:
 
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes the name of `folder` when the block has filled it."""
+    """A scratch folder that takes the name of `folder` when the block has filled it.
+
+    Raises:
+        OSError: where it cannot be written, on a full disk for one; nothing of it is left then.
+    """
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    yield scratch
-    for file in scratch.iterdir():
-        _flush(file)
-    _flush(scratch)
+    try:
+        yield scratch
+        for file in scratch.iterdir():
+            _flush(file)
+        _flush(scratch)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise OSError(f"{folder} could not be written, older ones stay: {error}") from error
     if folder.exists():
         _discard(folder)
     scratch.rename(folder)

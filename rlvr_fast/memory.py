@@ -1,8 +1,10 @@
 """What a run will need, before it starts; and which field to lower when it was too much."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -28,7 +30,7 @@ KNOBS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes on the training device; the engine's cache of keys and values is not in it."""
+    """Bytes on the training device, without the engine's cache of keys and values; and on disk."""
 
     weights: int
     """Of the policy and of a reference."""
@@ -42,6 +44,10 @@ class Estimate:
     """The op's budget, and what it makes of the head."""
     available: int
     """On the device, before all this."""
+    files: int
+    """Checkpoints, one of them half written, and the final model."""
+    disk: int
+    """Free where the run folder is."""
 
     @property
     def total(self) -> int:
@@ -49,7 +55,7 @@ class Estimate:
         return self.weights + self.optimiser + self.engine + self.activations + self.logits
 
     def lines(self, config: TrainConfig) -> list[str]:
-        """One for people, and a second where it will not fit."""
+        """One for people, and one more for memory and disk each where it will not fit."""
         parts = ("weights", "optimiser", "engine", "activations", "logits")
         told = ", ".join(f"{name} {getattr(self, name) / 1e9:.2f}" for name in parts)
         lines = [
@@ -60,6 +66,11 @@ class Estimate:
             lines.append(
                 f"this will hardly fit: lower tokens_per_microbatch, "
                 f"{config.tokens_per_microbatch} (activations), or logits_budget"
+            )
+        if self.files > self.disk:
+            lines.append(
+                f"the disk will hardly do: {config.run_folder} takes {self.files / 1e9:.2f} GB, "
+                f"{self.disk / 1e9:.2f} are free; lower keep_checkpoints, {config.keep_checkpoints}"
             )
         return lines
 
@@ -93,6 +104,9 @@ def estimate(
         activations=_per_token(model, half) * tokens + 2 * half * count,
         logits=budget + 4 * head,
         available=_available(model.device),
+        files=12 * trained * (config.keep_checkpoints + 1)
+        + DTYPES[config.precision].itemsize * count,
+        disk=_disk(Path(config.run_folder)),
     )
 
 
@@ -131,6 +145,11 @@ def _per_token(model: PreTrainedModel, half: bool) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, give), autocast:
         attention.hidden_states(model, packed)
     return sum(kept.values()) // _PROBE
+
+
+def _disk(folder: Path) -> int:
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    return shutil.disk_usage(there).free
 
 
 def _available(device: torch.device) -> int:

@@ -1,10 +1,12 @@
 import json
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -225,6 +227,25 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-000004", "step-1000000"]
     assert checkpoint.latest(tmp_path).name == "step-1000000"
+
+
+def test_a_disk_that_is_full_costs_the_new_checkpoint_only(tmp_path):
+    config = configs.load("tiny", given(tmp_path / "run"))
+    progress = Progress(step=1, method_state={}, position=0)
+    with closing(Trainer(config, load_task(config.task, {}))) as trainer:
+        state = (trainer.model, trainer.optimiser.adamw)
+        first = checkpoint.save(tmp_path / "run", progress, *state, keep=1)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # Of any file.
+        try:
+            with pytest.raises(OSError, match=r"step-000002 could not be written.*too large"):
+                checkpoint.save(tmp_path / "run", replace(progress, step=2), *state, keep=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        assert checkpoint.latest(tmp_path / "run") == first
+        assert [each.name for each in first.parent.iterdir()] == [first.name]
+        assert checkpoint.restore(first, *state).step == 1
 
 
 def test_a_checkpoint_holds_no_pickle(uninterrupted):

@@ -7,6 +7,7 @@ from rlvr_fast import config as configs
 from rlvr_fast import memory, models
 from rlvr_fast.attention import hidden_states
 from rlvr_fast.packed import Sample, pack
+from rlvr_fast.run import train
 
 
 def needs(**overrides):
@@ -51,6 +52,24 @@ def test_the_activations_are_those_that_autograd_keeps():
     truth = sum(size for pointer, size in kept.items() if pointer not in own)
     assert output.requires_grad
     assert found.activations == pytest.approx(truth, rel=0.2)
+
+
+def test_a_run_writes_as_many_bytes_as_are_estimated(tmp_path):
+    config, _, found = needs(run_folder=str(tmp_path / "run"), steps=3, checkpoint_every=1)
+    train(config)
+
+    tensors = [file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors")]
+    one = found.optimiser  # A checkpoint: weights and two moments.
+    assert sum(tensors) + one == pytest.approx(found.files, rel=0.1)
+
+
+def test_a_disk_that_is_too_small_is_said():
+    config, _, found = needs()
+
+    _, warning = replace(found, disk=1000).lines(config)
+
+    assert "disk" in warning
+    assert "keep_checkpoints" in warning
 
 
 def test_what_will_not_fit_is_said_with_the_fields_to_lower():
