@@ -48,7 +48,7 @@ def microbatches(
 
 
 def model_inputs(group: Group, share_prompts: bool) -> int:
-    """Prompt and completion tokens that `pack` lays down for a group."""
+    """Prompt and completion tokens that `pack` lays down for a group; fewer if some are alike."""
     once, each = _sizes(group, share_prompts)
     return once + sum(each)
 

@@ -4,6 +4,7 @@ Shape letters used everywhere: `T` scored (completion) tokens, `S` sequences, `G
 `V` vocabulary, `D` hidden, `N` model inputs (prompts and completions).
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -46,8 +47,9 @@ class Packed:
 
     The inputs are *blocks*: a prompt, then its completions, each of which attends to the prompt
     and to itself only. A block with one completion is an ordinary sequence. The last token of a
-    completion is none of them: it predicts nothing. What all prompts begin with may come once,
-    before the first block; every block then attends to it too.
+    completion is none of them: it predicts nothing. Neither is a completion that another one of its
+    block begins with, or repeats: `hidden_index` points to the other's rows. What all prompts begin
+    with may come once, before the first block; every block then attends to it too.
     """
 
     input_ids: Tensor
@@ -55,7 +57,8 @@ class Packed:
     position_ids: Tensor
     """`[N]` int64; every completion of a block continues from its prompt's last position."""
     cu_seqlens: Tensor
-    """`[K+1]` int64 on the CPU, segment boundaries: each prompt and each completion is one."""
+    """`[K+1]` int64 on the CPU, segment boundaries: each prompt and each completion that is laid
+    down is one."""
     block_offsets: Tensor
     """`[B+1]` int64 on the CPU, in segments: which prompt and completions belong together. A
     segment before the first is what all prompts begin with.
@@ -90,9 +93,9 @@ def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> P
     Args:
         groups: each group answers one prompt; groups and samples may differ in size and length.
         share_prompts: a prompt that all samples of a group have in common is laid down once, and so
-            is a beginning of `SHORTEST_PREFIX` tokens or more that all prompts of several blocks
-            have in common, such as a system message. The gradient is the same; without it every
-            sample carries its own copy.
+            are equal completions of that prompt, and a beginning of `SHORTEST_PREFIX` tokens or
+            more that all prompts of several blocks have in common, such as a system message. The
+            gradient is the same; without it every sample carries its own copy.
 
     Returns:
         A `Packed` on the CPU with all completion tokens scored, in the order given.
@@ -113,14 +116,16 @@ def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> P
         ids += prompt
         positions += range(depth, depth + len(prompt))
         segments.append(len(ids))
-        for sample in block:
-            length = len(sample.completion_ids)
-            if length:
-                hidden_index += [last_of_prompt, *range(len(ids), len(ids) + length - 1)]
-            # The last one predicts nothing, and nobody else sees it.
-            ids += sample.completion_ids[:-1]
-            positions += range(depth + len(prompt), depth + len(prompt) + length - 1)
+        inputs, hosts = _inputs_and_hosts(block)
+        starts: dict[int, int] = {}
+        for host in sorted(set(hosts)):
+            starts[host] = len(ids)
+            ids += inputs[host]
+            positions += range(depth + len(prompt), depth + len(prompt) + len(inputs[host]))
             segments.append(len(ids))
+        for sample, own, host in zip(block, inputs, hosts, strict=True):
+            if sample.completion_ids:
+                hidden_index += [last_of_prompt, *range(starts[host], starts[host] + len(own))]
         block_offsets.append(len(segments) - 1)
     return Packed(
         input_ids=_ints(ids),
@@ -141,6 +146,21 @@ def _blocks(group: Sequence[Sample], share_prompts: bool) -> list[Sequence[Sampl
     ):
         return [group] if group else []
     return [[sample] for sample in group]
+
+
+def _inputs_and_hosts(block: Sequence[Sample]) -> tuple[list[list[int]], list[int]]:
+    """What each completion puts into the model; and which one, itself or one that begins with all
+    of it, is laid down for it.
+    """
+    # The last token predicts nothing, and nobody else sees it.
+    inputs = [list(sample.completion_ids[:-1]) for sample in block]
+    hosts = list(range(len(block)))
+    # In this order whatever begins with a sequence follows on it without a gap.
+    order = sorted(hosts, key=lambda place: inputs[place])
+    for shorter, longer in reversed(list(itertools.pairwise(order))):
+        if inputs[longer][: len(inputs[shorter])] == inputs[shorter]:
+            hosts[shorter] = hosts[longer]
+    return inputs, hosts
 
 
 def _common_prefix(blocks: Sequence[Sequence[Sample]]) -> Sequence[int]:

@@ -39,8 +39,9 @@ def pack_of(lengths, common=0):
     return pack(
         [
             [
-                Sample(prompt_ids=[0] * common + [n] * prompt, completion_ids=[2] * (size + 1))
-                for size in sizes or [0]
+                # No two completions begin alike, or one would be laid down for both.
+                Sample(prompt_ids=[0] * common + [n] * prompt, completion_ids=[place] * (size + 1))
+                for place, size in enumerate(sizes or [0])
             ]
             for n, (prompt, sizes) in enumerate(lengths, 3)
         ]

@@ -20,8 +20,8 @@ def test_a_shared_prompt_is_laid_down_once_and_every_completion_continues_from_i
     packed = pack(GROUPS)
     assert packed.input_ids.tolist() == [1, 2, 3, 4, 7, 8]  # no completion's last token
     assert packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1]
-    assert packed.cu_seqlens.tolist() == [0, 3, 4, 4, 5, 6]
-    assert packed.block_offsets.tolist() == [0, 3, 5]
+    assert packed.cu_seqlens.tolist() == [0, 3, 4, 5, 6]
+    assert packed.block_offsets.tolist() == [0, 2, 4]
     assert packed.hidden_index.tolist() == [2, 3, 2, 4, 5]
     assert packed.scored.targets.tolist() == [4, 5, 6, 8, 9]
     assert packed.scored.weight.tolist() == [0.5, 0.5, 0.25, 0.5, 0.5]
@@ -48,18 +48,40 @@ def test_samples_of_a_group_with_different_prompts_are_not_shared():
 def test_what_all_prompts_begin_with_is_laid_down_once_before_the_first_block():
     system = list(range(10, 10 + SHORTEST_PREFIX))
     first = Sample(prompt_ids=[*system, 1], completion_ids=[2, 3])
+    other = replace(first, completion_ids=[7, 3])
     second = Sample(prompt_ids=[*system, 4, 5], completion_ids=[6])
 
-    packed = pack([[first, first], [second]])
+    packed = pack([[first, other], [second]])
 
     assert packed.prefix_length == 8
-    assert packed.input_ids.tolist() == [*system, 1, 2, 2, 4, 5]
+    assert packed.input_ids.tolist() == [*system, 1, 2, 7, 4, 5]
     assert packed.position_ids.tolist() == [*range(8), 8, 9, 9, 8, 9]
     assert packed.cu_seqlens.tolist() == [0, 8, 9, 10, 11, 13, 13]
     assert packed.block_offsets.tolist() == [1, 4, 6]
     assert packed.hidden_index.tolist() == [8, 9, 8, 10, 12]
-    assert pack([[first, first], [second]], share_prompts=False).prefix_length == 0
-    assert pack([[first, first]]).prefix_length == 0
+    assert pack([[first, other], [second]], share_prompts=False).prefix_length == 0
+    assert pack([[first, other]]).prefix_length == 0
+
+
+def test_a_completion_that_another_one_begins_with_is_not_laid_down_itself():
+    written = [[4, 5, 9], [6, 9], [4, 5, 7, 8], [6, 9], [4, 9], [9]]
+    group = [Sample(prompt_ids=[1, 2], completion_ids=ids) for ids in written]
+
+    packed = pack([group])
+
+    assert packed.input_ids.tolist() == [1, 2, 4, 5, 7, 6]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 2]
+    assert packed.cu_seqlens.tolist() == [0, 2, 5, 6]
+    index = iter(packed.hidden_index.tolist())
+    rows = [[next(index) for _ in ids] for ids in written]
+    assert rows == [[1, 2, 3], [1, 5], [1, 2, 3, 4], [1, 5], [1, 2], [1]]
+    assert packed.scored.targets.tolist() == [token for ids in written for token in ids]
+
+
+def test_completions_of_different_prompts_are_never_laid_down_for_each_other():
+    first, second = ([Sample(prompt_ids=[n], completion_ids=[4, 5])] for n in (1, 2))
+
+    assert pack([first, second]).input_ids.tolist() == [1, 4, 2, 4]
 
 
 @pytest.mark.parametrize("other", [[1] * 8, [1] * 7 + [2] * 3])

@@ -46,7 +46,17 @@ def groups_of(seed, common):
         Sample(prompt_ids=[*system, 3], completion_ids=[n] * n, advantage=1.0, old_logp=[-4.0] * n)
         for n in (1, 0, 6)
     ]
-    return [*groups, rare]
+    alike = [
+        Sample(
+            prompt_ids=[*system, 4],
+            completion_ids=ids,
+            token_weight=draw.uniform(0.5, 2.0),
+            advantage=draw.gauss(0, 1),
+            old_logp=[draw.gauss(-4.0, 0.7) for _ in ids],
+        )
+        for ids in ([5, 6, 5], [5, 6, 5], [5, 6], [5, 6, 5, 5, 6], [5, 6, 8], [6], [])
+    ]
+    return [*groups, rare, alike]
 
 
 def stock(model, sample):
