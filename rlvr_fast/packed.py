@@ -48,8 +48,9 @@ class Packed:
     The inputs are *blocks*: a prompt, then its completions, each of which attends to the prompt
     and to itself only. A block with one completion is an ordinary sequence. The last token of a
     completion is none of them: it predicts nothing. Neither is a completion that another one of its
-    block begins with, or repeats: `hidden_index` points to the other's rows. What all prompts begin
-    with may come once, before the first block; every block then attends to it too.
+    block begins with, or repeats: `hidden_index` points to the other's rows. What all completions
+    of a block begin with belongs to its prompt. What all prompts begin with may come once, before
+    the first block; every block then attends to it too.
     """
 
     input_ids: Tensor
@@ -93,9 +94,10 @@ def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> P
     Args:
         groups: each group answers one prompt; groups and samples may differ in size and length.
         share_prompts: a prompt that all samples of a group have in common is laid down once, and so
-            are equal completions of that prompt, and a beginning of `SHORTEST_PREFIX` tokens or
-            more that all prompts of several blocks have in common, such as a system message. The
-            gradient is the same; without it every sample carries its own copy.
+            are equal completions of that prompt, what all its completions begin with, and a
+            beginning of `SHORTEST_PREFIX` tokens or more that all prompts of several blocks have
+            in common, such as a system message. The gradient is the same; without it every sample
+            carries its own copy.
 
     Returns:
         A `Packed` on the CPU with all completion tokens scored, in the order given.
@@ -105,37 +107,56 @@ def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> P
     """
     blocks = [block for group in groups for block in _blocks(group, share_prompts)]
     prefix = _common_prefix(blocks) if share_prompts else []
-    depth = len(prefix)
-    ids, positions = list(prefix), list(range(depth))
-    hidden_index: list[int] = []
-    segments = [0, depth] if depth else [0]
-    block_offsets = [len(segments) - 1]
+    rows = _Rows()
+    if prefix:
+        rows.lay(prefix, 0)
+    block_offsets = [len(rows.segments) - 1]
     for block in blocks:
-        prompt = block[0].prompt_ids[depth:]
-        last_of_prompt = len(ids) + len(prompt) - 1
-        ids += prompt
-        positions += range(depth, depth + len(prompt))
-        segments.append(len(ids))
-        inputs, hosts = _inputs_and_hosts(block)
-        starts: dict[int, int] = {}
-        for host in sorted(set(hosts)):
-            starts[host] = len(ids)
-            ids += inputs[host]
-            positions += range(depth + len(prompt), depth + len(prompt) + len(inputs[host]))
-            segments.append(len(ids))
-        for sample, own, host in zip(block, inputs, hosts, strict=True):
-            if sample.completion_ids:
-                hidden_index += [last_of_prompt, *range(starts[host], starts[host] + len(own))]
-        block_offsets.append(len(segments) - 1)
+        _lay_block(rows, block, len(prefix))
+        block_offsets.append(len(rows.segments) - 1)
     return Packed(
-        input_ids=_ints(ids),
-        position_ids=_ints(positions),
-        cu_seqlens=_ints(segments),
+        input_ids=_ints(rows.ids),
+        position_ids=_ints(rows.positions),
+        cu_seqlens=_ints(rows.segments),
         block_offsets=_ints(block_offsets),
-        hidden_index=_ints(hidden_index),
+        hidden_index=_ints(rows.hidden_index),
         scored=_scored([sample for group in groups for sample in group], groups),
         teacher=_teacher(groups, share_prompts),
     )
+
+
+@dataclass
+class _Rows:
+    """What is laid down so far; fields as those of `Packed`."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=lambda: [0])
+    hidden_index: list[int] = field(default_factory=list)
+
+    def lay(self, tokens: Sequence[int], position: int) -> int:
+        """A segment whose first token has this position; gives that token's row."""
+        row = len(self.ids)
+        self.ids += tokens
+        self.positions += range(position, position + len(tokens))
+        self.segments.append(len(self.ids))
+        return row
+
+
+def _lay_block(rows: _Rows, block: Sequence[Sample], depth: int) -> None:
+    """A prompt without its first `depth` tokens, and its completions."""
+    prompt = block[0].prompt_ids[depth:]
+    inputs, hosts = _inputs_and_hosts(block)
+    laid = sorted(set(hosts))
+    common = _common_length([inputs[host] for host in laid])
+    begin = rows.lay([*prompt, *inputs[laid[0]][:common]], depth)
+    position = depth + len(prompt) + common
+    tails = {host: rows.lay(inputs[host][common:], position) for host in laid}
+    last = begin + len(prompt) - 1  # Of the prompt; it predicts every first token.
+    for sample, own, host in zip(block, inputs, hosts, strict=True):
+        if sample.completion_ids:
+            rows.hidden_index += range(last, last + 1 + min(len(own), common))
+            rows.hidden_index += range(tails[host], tails[host] + len(own) - common)
 
 
 def _blocks(group: Sequence[Sample], share_prompts: bool) -> list[Sequence[Sample]]:
@@ -165,14 +186,18 @@ def _inputs_and_hosts(block: Sequence[Sample]) -> tuple[list[list[int]], list[in
 
 def _common_prefix(blocks: Sequence[Sequence[Sample]]) -> Sequence[int]:
     """What all prompts begin with, but for the last token of the shortest; empty if too short."""
-    prompts = [list(block[0].prompt_ids) for block in blocks]
-    if len(prompts) < 2:
+    if len(blocks) < 2:
         return []
+    common = _common_length([block[0].prompt_ids[:-1] for block in blocks])
+    return blocks[0][0].prompt_ids[:common] if common >= SHORTEST_PREFIX else []
+
+
+def _common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Tokens that all begin with."""
     # The first and last in order differ as early as any two.
-    first, last = min(prompts), max(prompts)
-    most = min(map(len, prompts)) - 1
-    common = next((i for i in range(most) if first[i] != last[i]), most)
-    return first[:common] if common >= SHORTEST_PREFIX else []
+    first, last = min(map(list, sequences)), max(map(list, sequences))
+    pairs = zip(first, last, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
 
 
 def _scored(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> ScoredTokens:

@@ -20,7 +20,7 @@ def test_a_shared_prompt_is_laid_down_once_and_every_completion_continues_from_i
     packed = pack(GROUPS)
     assert packed.input_ids.tolist() == [1, 2, 3, 4, 7, 8]  # no completion's last token
     assert packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1]
-    assert packed.cu_seqlens.tolist() == [0, 3, 4, 5, 6]
+    assert packed.cu_seqlens.tolist() == [0, 4, 4, 6, 6]
     assert packed.block_offsets.tolist() == [0, 2, 4]
     assert packed.hidden_index.tolist() == [2, 3, 2, 4, 5]
     assert packed.scored.targets.tolist() == [4, 5, 6, 8, 9]
@@ -76,6 +76,19 @@ def test_a_completion_that_another_one_begins_with_is_not_laid_down_itself():
     rows = [[next(index) for _ in ids] for ids in written]
     assert rows == [[1, 2, 3], [1, 5], [1, 2, 3, 4], [1, 5], [1, 2], [1]]
     assert packed.scored.targets.tolist() == [token for ids in written for token in ids]
+
+
+def test_what_all_completions_begin_with_is_laid_down_once_behind_their_prompt():
+    written = [[4, 5, 6, 9], [4, 5, 7], [4, 5, 8, 8], [4, 5]]
+    group = [Sample(prompt_ids=[1, 2], completion_ids=ids) for ids in written]
+
+    packed = pack([group])
+
+    # The second and the last put in no more than the common 4, 5 and 4.
+    assert packed.input_ids.tolist() == [1, 2, 4, 5, 6, 8]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 4]
+    assert packed.cu_seqlens.tolist() == [0, 4, 5, 6]
+    assert packed.hidden_index.tolist() == [1, 2, 3, 4, 1, 2, 3, 1, 2, 3, 5, 1, 2]
 
 
 def test_completions_of_different_prompts_are_never_laid_down_for_each_other():

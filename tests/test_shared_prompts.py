@@ -46,17 +46,22 @@ def groups_of(seed, common):
         Sample(prompt_ids=[*system, 3], completion_ids=[n] * n, advantage=1.0, old_logp=[-4.0] * n)
         for n in (1, 0, 6)
     ]
-    alike = [
-        Sample(
-            prompt_ids=[*system, 4],
-            completion_ids=ids,
-            token_weight=draw.uniform(0.5, 2.0),
-            advantage=draw.gauss(0, 1),
-            old_logp=[draw.gauss(-4.0, 0.7) for _ in ids],
-        )
-        for ids in ([5, 6, 5], [5, 6, 5], [5, 6], [5, 6, 5, 5, 6], [5, 6, 8], [6], [])
+    alike = [[5, 6, 5], [5, 6, 5], [5, 6], [5, 6, 5, 5, 6], [5, 6, 8], [6], []]
+    one_beginning = [[5, 6, 7, 8], [5, 6, 7, 9, 9], [5, 6], [5, 6, 4, 4]]
+    written = [
+        [
+            Sample(
+                prompt_ids=[*system, 4],
+                completion_ids=ids,
+                token_weight=draw.uniform(0.5, 2.0),
+                advantage=draw.gauss(0, 1),
+                old_logp=[draw.gauss(-4.0, 0.7) for _ in ids],
+            )
+            for ids in group
+        ]
+        for group in (alike, one_beginning)
     ]
-    return [*groups, rare, alike]
+    return [*groups, rare, *written]
 
 
 def stock(model, sample):
