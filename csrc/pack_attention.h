@@ -1,4 +1,4 @@
-// Attention within a pack, where completions share their prompt's keys, and its gradients.
+// Attention within a pack, where branches share their trunk's keys, and its gradients.
 #pragma once
 
 #include <cstdint>

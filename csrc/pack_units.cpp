@@ -17,7 +17,7 @@ constexpr std::int64_t kQueries = 32;
 // Rows of a piece, whose scores of later keys are computed in vain.
 constexpr std::int64_t kPiece = 32;
 
-// Units of a pack, all key heads together, where its prompts are fewer; each keeps the gradients of
+// Units of a pack, all key heads together, where its trunks are fewer; each keeps the gradients of
 // what it sees. With less work than kLeast pairs of tokens, the conversion of its keys would show.
 constexpr std::int64_t kUnits = 32;
 constexpr std::int64_t kLeast = 4096;
@@ -25,7 +25,7 @@ constexpr std::int64_t kLeast = 4096;
 std::int64_t padded(std::int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
 
 std::int64_t pairs(const Stretch& s, std::int64_t begin, std::int64_t count) {
-  return count * (s.prefix_length + s.prompt_length + begin + (count + 1) / 2);
+  return count * (s.prefix_length + s.trunk_length + begin + (count + 1) / 2);
 }
 
 class Cutter {
@@ -33,7 +33,7 @@ class Cutter {
   Cutter(PackShape shape, std::int64_t most) : shape_(shape), most_(most) {}
 
   void add(const Stretch& s) {
-    const std::int64_t before = padded(s.prefix_length + s.prompt_length);
+    const std::int64_t before = padded(s.prefix_length + s.trunk_length);
     for (std::int64_t begin = 0; begin < s.length;) {
       const std::int64_t width = (before + padded(begin + kPiece)) * shape_.group();
       const std::int64_t least = (kQueries + shape_.group() - 1) / shape_.group();
@@ -48,17 +48,16 @@ class Cutter {
 
  private:
   void add(const Stretch& s, std::int64_t begin, std::int64_t count) {
-    if (units.empty() || prompt_ != s.prompt_start || work_ >= most_) {
-      units.push_back(
-          {{{0, s.prefix_length}, {s.prompt_start, s.prompt_length}, {s.start, 0}}, {}});
-      prompt_ = s.prompt_start;
+    if (units.empty() || trunk_ != s.trunk_start || work_ >= most_) {
+      units.push_back({{{0, s.prefix_length}, {s.trunk_start, s.trunk_length}, {s.start, 0}}, {}});
+      trunk_ = s.trunk_start;
       work_ = 0;
     }
     Unit& unit = units.back();
     work_ += pairs(s, begin, count);
     unit.runs[2].count = s.start + begin + count - unit.runs[2].row;
     const std::int64_t own = unit.runs[0].count + unit.runs[1].count + s.start - unit.runs[2].row;
-    const std::int64_t seen = s.prefix_length + s.prompt_length;
+    const std::int64_t seen = s.prefix_length + s.trunk_length;
     const std::int64_t width = padded(seen) + padded(begin + count);
     if (begin > 0 || unit.batches.empty() || !fits(unit.batches.back(), seen, count, width)) {
       unit.batches.push_back({seen, padded(seen), 0, 0, {}});
@@ -76,7 +75,7 @@ class Cutter {
 
   PackShape shape_;
   std::int64_t most_;
-  std::int64_t prompt_ = 0;
+  std::int64_t trunk_ = 0;
   std::int64_t work_ = 0;
 };
 

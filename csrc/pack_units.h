@@ -6,12 +6,12 @@
 
 namespace rlvr {
 
-// rlvr_fast/attention_plans/layout.py, field by field.
+// rlvr_fast/attention_plans/layout.py, field by field; of one trunk's, those that see more first.
 struct Stretch {
   std::int64_t length;
-  std::int64_t prompt_length;
+  std::int64_t trunk_length;
   std::int64_t start;
-  std::int64_t prompt_start;
+  std::int64_t trunk_start;
   std::int64_t prefix_length;
 };
 
@@ -48,7 +48,7 @@ struct Run {
 };
 
 // What one thread does for one key head. Its keys are three runs of rows, end to end: what all
-// prompts begin with, the prompt unless it is in the last, and the stretches.
+// prompts begin with, the trunk unless it is in the last, and the stretches.
 struct Unit {
   Run runs[3];
   std::vector<Batch> batches;

@@ -45,25 +45,26 @@ class Sample:
 class Packed:
     """One micro-batch: model inputs and the scored tokens within them.
 
-    The inputs are *blocks*: a prompt, then its completions, each of which attends to the prompt
-    and to itself only. A block with one completion is an ordinary sequence. The last token of a
-    completion is none of them: it predicts nothing. Neither is a completion that another one of its
-    block begins with, or repeats: `hidden_index` points to the other's rows. What all completions
-    of a block begin with belongs to its prompt. What all prompts begin with may come once, before
-    the first block; every block then attends to it too.
+    The inputs are *blocks*, of completions of one prompt. Its *trunk* is the prompt and one of the
+    completions, an ordinary sequence. Every other completion is a *branch*: what it has in common
+    with the trunk is not laid down again; the rest attends to that part of the trunk and to itself.
+    So equal tokens after equal tokens come once; `hidden_index` points to the same rows for all.
+    The last token of a completion is no input: it predicts nothing. What all prompts begin with may
+    come once, before the first block; every block then attends to it too.
     """
 
     input_ids: Tensor
     """`[N]` int64."""
     position_ids: Tensor
-    """`[N]` int64; every completion of a block continues from its prompt's last position."""
+    """`[N]` int64; a branch continues from the last row of its trunk that it attends to."""
     cu_seqlens: Tensor
-    """`[K+1]` int64 on the CPU, segment boundaries: each prompt and each completion that is laid
-    down is one."""
+    """`[K+1]` int64 on the CPU, segment boundaries: each trunk and each branch is one."""
     block_offsets: Tensor
-    """`[B+1]` int64 on the CPU, in segments: which prompt and completions belong together. A
-    segment before the first is what all prompts begin with.
+    """`[B+1]` int64 on the CPU, in segments: which trunk and branches belong together. A segment
+    before the first is what all prompts begin with.
     """
+    seen: Tensor
+    """`[K]` int64 on the CPU, how many of its trunk's rows a branch attends to; 0 for others."""
     hidden_index: Tensor
     """`[T]` int64, the row of the model's output that predicts each scored token."""
     scored: ScoredTokens
@@ -93,11 +94,10 @@ def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> P
 
     Args:
         groups: each group answers one prompt; groups and samples may differ in size and length.
-        share_prompts: a prompt that all samples of a group have in common is laid down once, and so
-            are equal completions of that prompt, what all its completions begin with, and a
-            beginning of `SHORTEST_PREFIX` tokens or more that all prompts of several blocks have
-            in common, such as a system message. The gradient is the same; without it every sample
-            carries its own copy.
+        share_prompts: a prompt that all samples of a group have in common is laid down once, with
+            completions as branches of each other, and so is a beginning of `SHORTEST_PREFIX` tokens
+            or more that all prompts of several blocks have in common, such as a system message. The
+            gradient is the same; without it every sample carries its own copy.
 
     Returns:
         A `Packed` on the CPU with all completion tokens scored, in the order given.
@@ -119,6 +119,7 @@ def pack(groups: Sequence[Sequence[Sample]], *, share_prompts: bool = True) -> P
         position_ids=_ints(rows.positions),
         cu_seqlens=_ints(rows.segments),
         block_offsets=_ints(block_offsets),
+        seen=_ints(rows.seen),
         hidden_index=_ints(rows.hidden_index),
         scored=_scored([sample for group in groups for sample in group], groups),
         teacher=_teacher(groups, share_prompts),
@@ -132,31 +133,65 @@ class _Rows:
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     segments: list[int] = field(default_factory=lambda: [0])
+    seen: list[int] = field(default_factory=list)
     hidden_index: list[int] = field(default_factory=list)
 
-    def lay(self, tokens: Sequence[int], position: int) -> int:
+    def lay(self, tokens: Sequence[int], position: int, seen: int = 0) -> int:
         """A segment whose first token has this position; gives that token's row."""
         row = len(self.ids)
         self.ids += tokens
         self.positions += range(position, position + len(tokens))
         self.segments.append(len(self.ids))
+        self.seen.append(seen)
         return row
 
 
 def _lay_block(rows: _Rows, block: Sequence[Sample], depth: int) -> None:
     """A prompt without its first `depth` tokens, and its completions."""
     prompt = block[0].prompt_ids[depth:]
-    inputs, hosts = _inputs_and_hosts(block)
-    laid = sorted(set(hosts))
-    common = _common_length([inputs[host] for host in laid])
-    begin = rows.lay([*prompt, *inputs[laid[0]][:common]], depth)
-    position = depth + len(prompt) + common
-    tails = {host: rows.lay(inputs[host][common:], position) for host in laid}
+    # The last token of a completion predicts nothing, and nobody else sees it.
+    inputs = [list(sample.completion_ids[:-1]) for sample in block]
+    hosts = _hosts(inputs)
+    trunk, common = _trunk(inputs, hosts)
+    begin = rows.lay([*prompt, *inputs[trunk]], depth)
+    branches = {trunk: len(rows.ids)}
+    # Those that see most come first: attention in C++ relies on it.
+    for host in sorted(common.keys() - {trunk}, key=lambda host: (-common[host], host)):
+        shared = len(prompt) + common[host]
+        branches[host] = rows.lay(inputs[host][common[host] :], depth + shared, shared)
     last = begin + len(prompt) - 1  # Of the prompt; it predicts every first token.
     for sample, own, host in zip(block, inputs, hosts, strict=True):
         if sample.completion_ids:
-            rows.hidden_index += range(last, last + 1 + min(len(own), common))
-            rows.hidden_index += range(tails[host], tails[host] + len(own) - common)
+            rows.hidden_index += range(last, last + 1 + min(len(own), common[host]))
+            rows.hidden_index += range(branches[host], branches[host] + len(own) - common[host])
+
+
+def _hosts(inputs: Sequence[list[int]]) -> list[int]:
+    """For each sequence the one, perhaps itself, that is laid down for it and begins with it."""
+    hosts = list(range(len(inputs)))
+    # In this order whatever begins with a sequence follows on it without a gap.
+    order = sorted(hosts, key=lambda place: inputs[place])
+    for shorter, longer in reversed(list(itertools.pairwise(order))):
+        if inputs[longer][: len(inputs[shorter])] == inputs[shorter]:
+            hosts[shorter] = hosts[longer]
+    return hosts
+
+
+def _trunk(inputs: Sequence[list[int]], hosts: Sequence[int]) -> tuple[int, dict[int, int]]:
+    """The host from which the others are cheapest to branch off, the first of several, and after
+    how many tokens each of them does.
+    """
+    order = sorted(set(hosts), key=lambda host: inputs[host])
+    steps = [_common_length(inputs[a], inputs[b]) for a, b in itertools.pairwise(order)]
+
+    def common(place: int) -> list[int]:
+        # Two have in common what all between them have.
+        before = list(itertools.accumulate(reversed(steps[:place]), min))
+        return [*reversed(before), 0, *itertools.accumulate(steps[place:], min)]
+
+    best = max(range(len(order)), key=lambda place: (sum(common(place)), -order[place]))
+    trunk = order[best]
+    return trunk, dict(zip(order, common(best), strict=True)) | {trunk: len(inputs[trunk])}
 
 
 def _blocks(group: Sequence[Sample], share_prompts: bool) -> list[Sequence[Sample]]:
@@ -169,35 +204,20 @@ def _blocks(group: Sequence[Sample], share_prompts: bool) -> list[Sequence[Sampl
     return [[sample] for sample in group]
 
 
-def _inputs_and_hosts(block: Sequence[Sample]) -> tuple[list[list[int]], list[int]]:
-    """What each completion puts into the model; and which one, itself or one that begins with all
-    of it, is laid down for it.
-    """
-    # The last token predicts nothing, and nobody else sees it.
-    inputs = [list(sample.completion_ids[:-1]) for sample in block]
-    hosts = list(range(len(block)))
-    # In this order whatever begins with a sequence follows on it without a gap.
-    order = sorted(hosts, key=lambda place: inputs[place])
-    for shorter, longer in reversed(list(itertools.pairwise(order))):
-        if inputs[longer][: len(inputs[shorter])] == inputs[shorter]:
-            hosts[shorter] = hosts[longer]
-    return inputs, hosts
-
-
 def _common_prefix(blocks: Sequence[Sequence[Sample]]) -> Sequence[int]:
     """What all prompts begin with, but for the last token of the shortest; empty if too short."""
     if len(blocks) < 2:
         return []
-    common = _common_length([block[0].prompt_ids[:-1] for block in blocks])
-    return blocks[0][0].prompt_ids[:common] if common >= SHORTEST_PREFIX else []
-
-
-def _common_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Tokens that all begin with."""
+    prompts = [list(block[0].prompt_ids[:-1]) for block in blocks]
     # The first and last in order differ as early as any two.
-    first, last = min(map(list, sequences)), max(map(list, sequences))
-    pairs = zip(first, last, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
+    common = _common_length(min(prompts), max(prompts))
+    return prompts[0][:common] if common >= SHORTEST_PREFIX else []
+
+
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _scored(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> ScoredTokens:

@@ -23,6 +23,7 @@ LENGTHS = {
     "unequal prompts and completions": [(5, [3, 7, 1]), (9, [2, 2]), (1, [6, 4, 5, 1])],
     "empty completions": [(4, [0, 3, 0]), (3, [0, 0]), (2, [5, 0, 1])],
     "groups of one": [(4, [3]), (7, [5]), (1, [1])],
+    "completions that begin alike": [(4, [(9, 3), (7, 5), 6, (5, 2), (2, 2)]), (2, [3, (8, 1)])],
     "only prompts": [(4, []), (1, [0])],
     "one token": [(1, [0])],
     "more than one rectangle": [(150, [60, 3, 90, 2]), (6, [140, 5]), (2, [300])],
@@ -34,14 +35,19 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 def pack_of(lengths, common=0):
     """Prompts and their completions by model inputs: of a completion all but its last token.
 
-    Every prompt begins with `common` tokens that all have, on top of its length.
+    Every prompt begins with `common` tokens that all have, on top of its length. No completions
+    begin alike, but those of which two numbers say their length and how much of it is the same.
     """
+
+    def written(place, size):
+        size, alike = size if isinstance(size, tuple) else (size, 0)
+        return [1] * alike + [place] * (size - alike + 1)
+
     return pack(
         [
             [
-                # No two completions begin alike, or one would be laid down for both.
-                Sample(prompt_ids=[0] * common + [n] * prompt, completion_ids=[place] * (size + 1))
-                for place, size in enumerate(sizes or [0])
+                Sample(prompt_ids=[0] * common + [n] * prompt, completion_ids=written(place, size))
+                for place, size in enumerate(sizes or [0], 2)
             ]
             for n, (prompt, sizes) in enumerate(lengths, 3)
         ]
@@ -60,19 +66,15 @@ def drawn(packed, heads, dtype=torch.float64, device="cpu", width=16):
 
 def visible(packed):
     """`[N, N]` bool, row by row as the docstring of `Packed` says it."""
-    bounds, position = packed.cu_seqlens.tolist(), packed.position_ids
-    prefix = bounds[packed.block_offsets[0]]
-    block, segment, is_prompt = [-1] * prefix, [-1] * prefix, [True] * prefix
-    for b, (first, last) in enumerate(itertools.pairwise(packed.block_offsets.tolist())):
+    bounds, seen = packed.cu_seqlens.tolist(), packed.seen.tolist()
+    related = torch.zeros(bounds[-1], bounds[-1], dtype=torch.bool)
+    related[:, : packed.prefix_length] = True
+    for first, last in itertools.pairwise(packed.block_offsets.tolist()):
         for s in range(first, last):
-            size = bounds[s + 1] - bounds[s]
-            block += [b] * size
-            segment += [s] * size
-            is_prompt += [s == first] * size
-    block, segment, is_prompt = (torch.tensor(x) for x in (block, segment, is_prompt))
-    related = (block[:, None] == block) & (is_prompt | (segment[:, None] == segment))
-    related |= block == -1
-    return related & (position[:, None] >= position)
+            rows = slice(bounds[s], bounds[s + 1])
+            related[rows, rows] = True
+            related[rows, bounds[first] : bounds[first] + seen[s]] = True
+    return related.tril()  # What a row sees lies before it.
 
 
 def dense(packed, query, key, value):
@@ -169,11 +171,11 @@ def test_the_longest_is_a_prompt_with_its_longest_completion(arrange):
 def test_a_variable_length_call_copies_no_query():
     plan = plan_varlen(pack_of([(4, [3, 2]), (6, [5])]), one_by_one)
 
-    assert plan.spans.query_offsets.tolist() == [0, 4, 7, 9, 20]
-    assert plan.spans.key_offsets.tolist() == [0, 4, 11, 17, 28]
+    assert plan.spans.query_offsets.tolist() == [0, 7, 9, 20]
+    assert plan.spans.key_offsets.tolist() == [0, 7, 13, 24]
     assert plan.spans.query_offsets.dtype == plan.spans.key_offsets.dtype == torch.int32
-    assert plan.keys.rows.tolist()[4:11] == [0, 1, 2, 3, 4, 5, 6]
-    assert plan.keys.rows.tolist()[11:17] == [0, 1, 2, 3, 7, 8]
+    assert plan.keys.rows.tolist()[:7] == [0, 1, 2, 3, 4, 5, 6]
+    assert plan.keys.rows.tolist()[7:13] == [0, 1, 2, 3, 7, 8]
 
 
 def test_rows_copied_many_times_add_their_gradients_and_others_get_none():

@@ -1,5 +1,6 @@
 """The one batch type, and what `pack` lays down."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -20,8 +21,9 @@ def test_a_shared_prompt_is_laid_down_once_and_every_completion_continues_from_i
     packed = pack(GROUPS)
     assert packed.input_ids.tolist() == [1, 2, 3, 4, 7, 8]  # no completion's last token
     assert packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1]
-    assert packed.cu_seqlens.tolist() == [0, 4, 4, 6, 6]
-    assert packed.block_offsets.tolist() == [0, 2, 4]
+    assert packed.cu_seqlens.tolist() == [0, 4, 6]
+    assert packed.block_offsets.tolist() == [0, 1, 2]
+    assert packed.seen.tolist() == [0, 0]
     assert packed.hidden_index.tolist() == [2, 3, 2, 4, 5]
     assert packed.scored.targets.tolist() == [4, 5, 6, 8, 9]
     assert packed.scored.weight.tolist() == [0.5, 0.5, 0.25, 0.5, 0.5]
@@ -32,7 +34,7 @@ def test_a_shared_prompt_is_laid_down_once_and_every_completion_continues_from_i
 def test_without_sharing_every_sample_carries_its_prompt():
     packed = pack(GROUPS, share_prompts=False)
     assert packed.input_ids.tolist() == [1, 2, 3, 4, 1, 2, 3, 7, 8]
-    assert packed.block_offsets.tolist() == [0, 2, 4, 6]
+    assert packed.block_offsets.tolist() == [0, 1, 2, 3]
     assert packed.hidden_index.tolist() == [2, 3, 6, 7, 8]
     assert torch.equal(packed.scored.targets, pack(GROUPS).scored.targets)
 
@@ -56,39 +58,46 @@ def test_what_all_prompts_begin_with_is_laid_down_once_before_the_first_block():
     assert packed.prefix_length == 8
     assert packed.input_ids.tolist() == [*system, 1, 2, 7, 4, 5]
     assert packed.position_ids.tolist() == [*range(8), 8, 9, 9, 8, 9]
-    assert packed.cu_seqlens.tolist() == [0, 8, 9, 10, 11, 13, 13]
-    assert packed.block_offsets.tolist() == [1, 4, 6]
+    assert packed.cu_seqlens.tolist() == [0, 8, 10, 11, 13]
+    assert packed.block_offsets.tolist() == [1, 3, 4]
+    assert packed.seen.tolist() == [0, 0, 1, 0]
     assert packed.hidden_index.tolist() == [8, 9, 8, 10, 12]
     assert pack([[first, other], [second]], share_prompts=False).prefix_length == 0
     assert pack([[first, other]]).prefix_length == 0
 
 
-def test_a_completion_that_another_one_begins_with_is_not_laid_down_itself():
-    written = [[4, 5, 9], [6, 9], [4, 5, 7, 8], [6, 9], [4, 9], [9]]
+def test_completions_branch_off_one_of_them_where_they_differ():
+    written = [[6, 9], [4, 5, 9], [4, 5, 7, 7, 8], [6, 9], [4, 9], [9], [4, 8, 8]]
     group = [Sample(prompt_ids=[1, 2], completion_ids=ids) for ids in written]
 
     packed = pack([group])
 
-    assert packed.input_ids.tolist() == [1, 2, 4, 5, 7, 6]
-    assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 2]
-    assert packed.cu_seqlens.tolist() == [0, 2, 5, 6]
+    # The trunk, from which most branch off late, then 8 after the 4, and 6 after the prompt.
+    assert packed.input_ids.tolist() == [1, 2, 4, 5, 7, 7, 8, 6]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 3, 2]
+    assert packed.cu_seqlens.tolist() == [0, 6, 7, 8]
+    assert packed.block_offsets.tolist() == [0, 3]
+    assert packed.seen.tolist() == [0, 3, 2]
     index = iter(packed.hidden_index.tolist())
     rows = [[next(index) for _ in ids] for ids in written]
-    assert rows == [[1, 2, 3], [1, 5], [1, 2, 3, 4], [1, 5], [1, 2], [1]]
+    assert rows == [[1, 7], [1, 2, 3], [1, 2, 3, 4, 5], [1, 7], [1, 2], [1], [1, 2, 6]]
     assert packed.scored.targets.tolist() == [token for ids in written for token in ids]
 
 
-def test_what_all_completions_begin_with_is_laid_down_once_behind_their_prompt():
-    written = [[4, 5, 6, 9], [4, 5, 7], [4, 5, 8, 8], [4, 5]]
-    group = [Sample(prompt_ids=[1, 2], completion_ids=ids) for ids in written]
+def test_equal_tokens_after_equal_tokens_come_once_and_every_one_finds_its_own():
+    draw = random.Random(0)
+    for _ in range(200):
+        written = [[draw.randrange(2) for _ in range(draw.randrange(6))] for _ in range(5)]
+        packed = pack([[Sample(prompt_ids=[7, 8], completion_ids=ids) for ids in written]])
 
-    packed = pack([group])
-
-    # The second and the last put in no more than the common 4, 5 and 4.
-    assert packed.input_ids.tolist() == [1, 2, 4, 5, 6, 8]
-    assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 4]
-    assert packed.cu_seqlens.tolist() == [0, 4, 5, 6]
-    assert packed.hidden_index.tolist() == [1, 2, 3, 4, 1, 2, 3, 1, 2, 3, 5, 1, 2]
+        index = iter(packed.hidden_index.tolist())
+        for ids in written:
+            rows = [next(index) for _ in ids]
+            assert packed.input_ids[rows].tolist() == [8, *ids][: len(ids)]
+            assert packed.position_ids[rows].tolist() == list(range(1, 1 + len(ids)))
+        trunk = packed.cu_seqlens[1]
+        assert sorted(packed.seen[1:].tolist(), reverse=True) == packed.seen[1:].tolist()
+        assert all(2 <= seen < trunk for seen in packed.seen[1:].tolist())
 
 
 def test_completions_of_different_prompts_are_never_laid_down_for_each_other():

@@ -1,4 +1,4 @@
-"""Attention of a pack on the CPU, in C++: rows stay where they lie, and prompts are shared."""
+"""Attention of a pack on the CPU, in C++: rows stay where they lie, and trunks are shared."""
 
 from dataclasses import dataclass
 

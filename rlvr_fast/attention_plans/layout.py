@@ -25,44 +25,39 @@ class Plan(Protocol):
 
 class Stretch(NamedTuple):
     """Rows `start` to `start + length`; before themselves they see the pack's first `prefix_length`
-    rows and `prompt_length` of their prompt.
+    rows and `trunk_length` of their trunk. Of one trunk's, those that see more come first.
     """
 
     length: int
-    prompt_length: int
+    trunk_length: int
     start: int
-    prompt_start: int
+    trunk_start: int
     prefix_length: int
 
     @property
     def seen(self) -> int:
         """Rows before its own."""
-        return self.prefix_length + self.prompt_length
+        return self.prefix_length + self.trunk_length
 
 
 def stretches(packed: Packed) -> Iterator[Stretch]:
     """In the order of the pack, whose every row is in exactly one.
 
-    A prompt is a causal sequence of its own, and so is a prompt with an only completion, and what
-    all prompts begin with.
+    A trunk is a causal sequence of its own, and so is what all prompts begin with.
     """
-    bounds = packed.cu_seqlens.tolist()
-    prefix = packed.prefix_length
+    rows = list(itertools.pairwise(packed.cu_seqlens.tolist()))
+    seen, prefix = packed.seen.tolist(), packed.prefix_length
     if prefix:
         yield Stretch(prefix, 0, 0, 0, 0)
     for first, last in itertools.pairwise(packed.block_offsets.tolist()):
-        segments = [(a, b - a) for a, b in itertools.pairwise(bounds[first : last + 1])]
-        (prompt, prompt_length), *completions = [s for s in segments if s[1]]
-        if len(completions) == 1:
-            yield Stretch(prompt_length + completions[0][1], 0, prompt, prompt, prefix)
-            continue
-        yield Stretch(prompt_length, 0, prompt, prompt, prefix)
-        for start, length in completions:
-            yield Stretch(length, prompt_length, start, prompt, prefix)
+        trunk = rows[first][0]
+        for (start, end), of_trunk in zip(rows[first:last], seen[first:last], strict=True):
+            # The first one is the trunk.
+            yield Stretch(end - start, of_trunk, start, trunk, prefix)
 
 
 def longest(parts: Iterable[Stretch]) -> int:
-    """Tokens of a prompt and one of its completions, at most; 0 for none."""
+    """Tokens of a sequence, at most; 0 for none."""
     return max((s.seen + s.length for s in parts), default=0)
 
 

@@ -39,7 +39,7 @@ class BlockPlan:
     outputs: Copies
     """From the rectangles' queries, laid end to end, to the pack."""
     longest: int
-    """Tokens of a prompt and one of its completions, at most."""
+    """Tokens of a sequence, at most."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float
@@ -131,15 +131,15 @@ def _buckets(stretches: Sequence[Stretch]) -> Iterator[list[Stretch]]:
 
 
 def _rectangle(bucket: Sequence[Stretch]) -> _Rectangle:
-    length, prompt_length, start, prompt_start, prefix = torch.tensor(bucket).T[:, :, None]
-    seen = prefix + prompt_length
+    length, trunk_length, start, trunk_start, prefix = torch.tensor(bucket).T[:, :, None]
+    seen = prefix + trunk_length
     column = torch.arange(int(length.max()))
     queries = start + torch.minimum(column, length - 1)
     if not seen.any():
         return _Rectangle(queries=queries, keys=queries, mask=None)
     place = torch.arange(int(seen.max()))
     known = torch.minimum(place, seen - 1)
-    known = torch.where(known < prefix, known, prompt_start + known - prefix)
+    known = torch.where(known < prefix, known, trunk_start + known - prefix)
     shape = (len(bucket), len(column), -1)
     known_seen = (place < seen)[:, None].expand(shape)
     own_seen = (column <= column[:, None]).expand(shape)

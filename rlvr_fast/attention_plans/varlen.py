@@ -1,6 +1,6 @@
 """Attention by one variable-length kernel call per layer, on CUDA.
 
-The queries of a pack are its rows as they lie. A completion's keys are copies of its prompt's,
+The queries of a pack are its rows as they lie. A branch's keys are copies of its trunk's,
 then its own, so its queries are the last of a causal sequence: with more keys than queries, the
 kernels line up the ends. Beside the linear layers that spares a repeated prompt's queries, but not
 the copies of its keys and values. Two calls merged by their logsumexp, one to the prompt and one
@@ -72,13 +72,13 @@ def plan_varlen(packed: Packed, kernel: Kernel) -> VarlenPlan:
     """Plans the attention of a pack, which has a token at least; the tensors are on its device."""
     device, rows = packed.input_ids.device, len(packed.input_ids)
     parts = torch.tensor(list(layout.stretches(packed)))
-    length, prompt_length, start, prompt_start, prefix_length = parts.T
-    # Each sequence's keys are three runs of rows: what all share, the prompt's and its own.
-    first = torch.stack([torch.zeros_like(start), prompt_start, start], 1).flatten()
-    sizes = torch.stack([prefix_length, prompt_length, length], 1).flatten()
+    length, trunk_length, start, trunk_start, prefix_length = parts.T
+    # Each sequence's keys are three runs of rows: what all share, the trunk's and its own.
+    first = torch.stack([torch.zeros_like(start), trunk_start, start], 1).flatten()
+    sizes = torch.stack([prefix_length, trunk_length, length], 1).flatten()
     run = torch.arange(len(sizes)).repeat_interleave(sizes)
     within = torch.arange(len(run)) - (sizes.cumsum(0) - sizes)[run]
-    total = prefix_length + prompt_length + length
+    total = prefix_length + trunk_length + length
     return VarlenPlan(
         keys=copies(first[run] + within, rows, device),
         spans=Spans(

@@ -1,4 +1,4 @@
-"""Attention within a pack in C++: completions go through their prompt's keys together."""
+"""Attention within a pack in C++: branches go through their trunk's keys together."""
 
 from typing import Any
 
@@ -32,7 +32,8 @@ def pack_attention(
     Args:
         query: `[N, H, d]`, of a kind that `supported` names. Differentiable, as key and value.
         key, value: `[N, K, d]`; each head serves `H / K` neighbouring ones.
-        stretches: `[S, 5]`, the fields of `attention_plans.layout.Stretch`; each row is in one.
+        stretches: `[S, 5]`, the fields of `attention_plans.layout.Stretch`, in the order that it
+            says; each row is in one.
         scale: of the scores.
 
     Returns:
@@ -92,6 +93,6 @@ def _heads(x: Tensor) -> NDArray[Any]:
 
 
 def _threads(query: Tensor, stretches: NDArray[np.int64]) -> int:
-    length, prompt, _, _, prefix = stretches.T
-    pairs = int((length * (prefix + prompt + length)).sum()) * query.shape[1]
+    length, trunk, _, _, prefix = stretches.T
+    pairs = int((length * (prefix + trunk + length)).sum()) * query.shape[1]
     return max(1, min(torch.get_num_threads(), pairs // _WORK))

@@ -9,7 +9,8 @@ import torch
 from rlvr_fast.ops import pack_attention as module
 from rlvr_fast.ops.pack_attention import pack_attention, supported
 
-# Lengths of what all share, then of prompts with their completions.
+# Lengths of what all share, then of trunks with their branches, which see all of the trunk or as
+# much as is said.
 PACKS = {
     "unequal prompts and completions": (0, [(5, [3, 7, 1]), (9, [2, 2]), (1, [6, 4, 5, 1])]),
     "common beginning": (12, [(5, [3, 7, 1]), (9, [2, 2]), (1, [6, 4, 0, 1])]),
@@ -17,23 +18,26 @@ PACKS = {
     "one token": (0, [(1, [])]),
     "one long sequence": (0, [(0, [333])]),
     "long ones": (40, [(70, [33, 150, 100]), (260, [3, 16])]),
+    "at different places": (10, [(40, [(3, 38), (7, 38), (1, 20), (9, 5)]), (5, [(2, 5), (2, 1)])]),
+    "long ones at different places": (0, [(200, [(150, 190), (120, 190), (100, 77), (130, 3)])]),
 }
 HEADS = {"a key head each": (2, 2, 16), "grouped": (6, 2, 64), "one key head": (3, 1, 128)}
 SCALE = 0.2
 
 
 def stretches_of(pack):
-    """`[S, 5]`: length, prompt length, start, start of the prompt, length of what all share."""
+    """`[S, 5]`: length, trunk's seen, start, start of the trunk, length of what all share."""
     prefix, blocks = pack
     table = [(prefix, 0, 0, 0, 0)] if prefix else []
     row = prefix
-    for prompt, completions in blocks:
+    for trunk, branches in blocks:
         start = row
-        if prompt:
-            table.append((prompt, 0, start, start, prefix))
-        row += prompt
-        for length in completions:
-            table.append((length, prompt, row, start, prefix))
+        if trunk:
+            table.append((trunk, 0, start, start, prefix))
+        row += trunk
+        for branch in branches:
+            length, seen = branch if isinstance(branch, tuple) else (branch, trunk)
+            table.append((length, seen, row, start, prefix))
             row += length
     return np.array(table, dtype=np.int64)
 
@@ -51,9 +55,9 @@ def definition(pack, query, key, value):
     """Over all pairs of rows, in the dtype of the inputs."""
     rows, ratio = len(query), query.shape[1] // key.shape[1]
     seen = torch.zeros(rows, rows, dtype=torch.bool)
-    for length, prompt_length, start, prompt, prefix in stretches_of(pack).tolist():
+    for length, trunk_length, start, trunk, prefix in stretches_of(pack).tolist():
         stretch = slice(start, start + length)
-        seen[stretch, :prefix] = seen[stretch, prompt : prompt + prompt_length] = True
+        seen[stretch, :prefix] = seen[stretch, trunk : trunk + trunk_length] = True
         seen[stretch, stretch] = torch.ones(length, length).tril().bool()
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     key, value = (x.repeat_interleave(ratio, 0) for x in (key, value))
