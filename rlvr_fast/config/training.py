@@ -87,7 +87,7 @@ class TrainConfig:
     tokens_per_microbatch: int = 8192
     """Model inputs per forward pass; changes memory and speed, no gradient."""
     share_prompts: bool = True
-    """Compute a prompt once for its whole group; changes speed, no gradient."""
+    """Compute once what a group's sequences begin with in common; changes speed, no gradient."""
     updates_per_batch: int = 1
     """Optimiser updates on each batch; all but the first are off policy."""
     learning_rate: float = 1e-6
