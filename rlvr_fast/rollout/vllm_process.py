@@ -55,8 +55,8 @@ def starting(environment: Mapping[str, str]) -> Iterator[None]:
         with _keeping_random_numbers():
             yield
     except BaseException:
-        with stopping():
-            raise
+        _stopped()
+        raise
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
@@ -65,9 +65,16 @@ def starting(environment: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def generating() -> Iterator[None]:
-    """vLLM's sampler draws within, also from the global random numbers; they stay as they are."""
-    with _keeping_random_numbers():
-        yield
+    """vLLM's sampler draws within, also from the global random numbers; they stay as they are.
+
+    So does the environment, in which torch's compiler leaves a variable when vLLM first uses it.
+    """
+    before = dict(os.environ)
+    try:
+        with _keeping_random_numbers():
+            yield
+    finally:
+        _restore(before, {})
 
 
 @contextmanager
