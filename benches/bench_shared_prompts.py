@@ -18,6 +18,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benches.main_job import LENGTH, PROMPTS, SAMPLES
 from benches.report import Table
 from rlvr_fast import config as configs
 from rlvr_fast import models
@@ -28,7 +29,6 @@ from rlvr_fast.optimise import Optimiser
 from rlvr_fast.prompts import Prompts
 from rlvr_fast.tasks import load_task
 
-PROMPTS, SAMPLES, LENGTH = 16, 8, 12
 ROUNDS = 3
 """Measured, after one to warm up."""
 WANTED = 1e-5

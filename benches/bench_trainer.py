@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benches.main_job import LENGTH, PROMPTS, SAMPLES, trl_settings
 from benches.report import Table
 from rlvr_fast import config as configs
 from rlvr_fast import models
@@ -29,10 +30,7 @@ from rlvr_fast.rewards import completion_text
 from rlvr_fast.tasks import Task, load_task
 from rlvr_fast.trainer import Trainer
 
-PROMPTS, SAMPLES, LENGTH = 16, 8, 12
 TOKENS = PROMPTS * SAMPLES * LENGTH
-MICROBATCH = 32
-"""TRL's, in completions. Ours packs all into one."""
 WARM_UP, STEPS = 2, 3
 """The second step, too, still meets fresh memory."""
 NEVER_SAMPLED = "<file_sep>"
@@ -170,22 +168,13 @@ def stock(parent: Connection, model: str, folder: Path) -> None:
         model=model,
         reward_funcs=text_length,
         args=trl.GRPOConfig(
-            output_dir=str(folder),
-            use_cpu=True,
-            bf16=True,
-            gradient_checkpointing=False,
-            per_device_train_batch_size=MICROBATCH,
-            gradient_accumulation_steps=PROMPTS * SAMPLES // MICROBATCH,
-            num_generations=SAMPLES,
-            max_completion_length=LENGTH,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             max_steps=WARM_UP + STEPS,
             save_strategy="no",
-            report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            model_init_kwargs={"dtype": torch.float32},
+            **trl_settings(folder),
         ),
         train_dataset=Dataset.from_list([{"prompt": e.prompt} for e in task().train]),
         callbacks=[Turns()],

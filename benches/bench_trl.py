@@ -21,6 +21,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
+from benches.main_job import LENGTH, MICROBATCH, PROMPTS, SAMPLES, trl_settings
 from benches.report import Table
 from rlvr_fast import models
 from rlvr_fast.tasks import load_task
@@ -28,9 +29,6 @@ from rlvr_fast.tasks import load_task
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-PROMPTS, SAMPLES, LENGTH = 16, 8, 12
-MICROBATCH = 32
-"""In completions, of all contenders."""
 ROUNDS = 3
 """Measured, after one to warm up."""
 WANTED = 1e-5
@@ -88,27 +86,16 @@ def table(taken: Mapping[str, list[float]], error: float) -> Table:
 
 
 def trainer(kind: Any, folder: Path, **extra: Any) -> Any:
-    count = PROMPTS * SAMPLES // MICROBATCH
+    settings = trl_settings(folder)
     found = kind(
         model=models.resolve("smollm2-135m"),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=trl.GRPOConfig(
-            output_dir=str(folder),
-            use_cpu=True,
-            bf16=True,
-            gradient_checkpointing=False,
-            per_device_train_batch_size=MICROBATCH,
-            gradient_accumulation_steps=count,
-            num_generations=SAMPLES,
-            max_completion_length=LENGTH,
-            report_to="none",
-            model_init_kwargs={"dtype": torch.float32},
-        ),
+        args=trl.GRPOConfig(**settings),
         train_dataset=datasets.Dataset.from_dict({"prompt": ["1+1="] * PROMPTS}),
         **extra,
     )
     found.model.train()
-    found.current_gradient_accumulation_steps = count
+    found.current_gradient_accumulation_steps = settings["gradient_accumulation_steps"]
     return found
 
 

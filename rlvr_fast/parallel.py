@@ -230,16 +230,22 @@ def scoring(model: PreTrainedModel, function: Callable[[Item], Found]) -> Callab
     """As `passing`, for a function without gradients."""
     if not isinstance(model, FSDPModule):
         return function
-    split_model = model
     setattr(model, _SCORING, function)
     register_fsdp_forward_method(model, _SCORING)
 
     def run(argument: Item) -> Found:
-        found: Found = getattr(split_model, _SCORING)(argument)
-        split_model.reshard()  # After a pass it is the backward that does.
+        found: Found = getattr(model, _SCORING)(argument)
+        put_away(model)
         return found
 
     return run
+
+
+def put_away(model: torch.nn.Module) -> None:
+    """Leaves each rank its part of the weights that are split, as a backward pass does."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def padded(world: World, model: torch.nn.Module, mine: list[Item], idle: Item) -> list[Item]:

