@@ -53,8 +53,10 @@ class VLLMEngine:
         self._llm: LLM | None = None
         arguments = options.arguments(self._model, dtype, head_dtype, self._device)
         quiet = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
-        with vllm_process.starting(options.environment(self._device) | quiet):
+        with vllm_process.starting(options.environment() | quiet):
             self._llm = _vllm(self._device)(skip_tokenizer_init=True, **arguments)
+            if self._device.type == "cpu":
+                self._llm.collective_rpc("sample_in_one_sweep")
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams

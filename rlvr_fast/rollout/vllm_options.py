@@ -1,7 +1,5 @@
 """Settings of the vLLM engines, as a user gives them and as vLLM takes them."""
 
-import os
-import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,20 +80,15 @@ class VLLMOptions:
             chosen["hf_overrides"] = {"head_dtype": "float32"}
         return chosen
 
-    def environment(self, device: torch.device) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """Variables of vLLM's process."""
-        variables = {
+        return {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             # Nothing is reported to anybody, and nobody but this machine can connect.
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HOST_IP": "127.0.0.1",
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        compiler = shutil.which(os.environ.get("CXX", "g++"))
-        if device.type == "cpu" and self.eager(device) and compiler is None:
-            # It would compile one function all the same, which ranks the sampled tokens.
-            variables["TORCHDYNAMO_DISABLE"] = "1"
-        return variables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,4 +129,10 @@ def _on_cpu(context: int) -> dict[str, Any]:
         "max_num_batched_tokens": max(_TOKENS_AT_ONCE, context),
         # The samples of a prompt share its full blocks; by default one has 128 tokens.
         "block_size": 32,
+        "kv_transfer_config": {
+            "kv_connector": "SiblingBlocks",
+            "kv_connector_module_path": "rlvr_fast.rollout.vllm_siblings",
+            "kv_role": "kv_both",
+        },
+        "worker_extension_cls": "rlvr_fast.rollout.vllm_sampler.Worker",
     }

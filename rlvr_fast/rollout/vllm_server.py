@@ -189,12 +189,14 @@ def _started(
         "distributed_executor_backend": "uni",
         "disable_uvicorn_access_log": True,
     }
-    environment = {"VLLM_SERVER_DEV_MODE": "1", **options.environment(device)}
+    environment = {"VLLM_SERVER_DEV_MODE": "1", **options.environment()}
     if options.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = options.gpu
     server = Server(folder, arguments, environment)
     try:
         server.wait(options.start_seconds)
+        if device.type == "cpu":
+            server.client.post("/collective_rpc", {"method": "sample_in_one_sweep"})
     except BaseException:
         server.stop()
         raise

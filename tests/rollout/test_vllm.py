@@ -155,8 +155,10 @@ def test_the_seed_decides_and_all_samples_of_a_call_differ(engine):
         [[c.token_ids for c in group] for group in engine.generate(prompts, s)] for s in sampling
     )
     assert first == again
-    ids = [tuple(ids) for groups in (first, other) for group in groups for ids in group]
-    assert len(set(ids)) > 0.9 * len(ids)
+    # Those that end at once are few kinds.
+    ids = [tuple(i) for groups in (first, other) for group in groups for i in group if len(i) > 2]
+    assert len(ids) > 20
+    assert len(set(ids)) == len(ids)
 
 
 def test_loaded_weights_are_those_of_transformers(engine, folder, weights, others):

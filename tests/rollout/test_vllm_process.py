@@ -110,13 +110,44 @@ def test_a_16_bit_model_with_an_fp32_head_stays_close_to_the_exact_model(folder)
     got = engine.generate(PROMPTS, SamplingParams(max_tokens=12, n=4))
     engine.close()
 
-    for prompt, group in zip(PROMPTS, got, strict=True):
+    _assert_samples_of(exact, PROMPTS, got, atol=0.01)
+
+
+@torch.no_grad()
+def _assert_samples_of(model, prompts, groups, atol):
+    for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
-            with torch.no_grad():
-                logits = exact(torch.tensor([[*prompt, *completion.token_ids]])).logits[0]
+            logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0]
             tokens = torch.tensor(completion.token_ids)[:, None]
             wanted = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, tokens)[:, 0]
-            torch.testing.assert_close(torch.tensor(completion.logp), wanted, rtol=0, atol=0.01)
+            torch.testing.assert_close(torch.tensor(completion.logp), wanted, rtol=0, atol=atol)
+
+
+@needs_vllm
+@pytest.mark.parametrize("most", [1, 5, 256])
+def test_samples_share_their_prompt_whatever_part_of_a_block_it_fills(folder, monkeypatch, most):
+    from rlvr_fast.rollout.vllm_siblings import SiblingBlocks
+
+    copied, copy = [], SiblingBlocks.wait_for_layer_load
+
+    def counted(self, layer_name):
+        copied.append(len(self._connector_metadata.targets))
+        copy(self, layer_name)
+
+    monkeypatch.setattr(SiblingBlocks, "wait_for_layer_load", counted)
+    lengths = [1, 2, 31, 32, 33, 34, 63, 64, 65, 34]
+    prompts = [[(7 * place + length) % 100 for place in range(length)] for length in lengths]
+    options = VLLMOptions(kv_cache_gib=0.05, max_num_seqs=most)
+    engine = VLLMEngine(folder, dtype=torch.float32, options=options)
+    groups = engine.generate(prompts, SamplingParams(n=4, max_tokens=5))
+    engine.close()
+
+    _assert_samples_of(AutoModelForCausalLM.from_pretrained(folder), prompts, groups, atol=1e-5)
+    if most == 1:
+        assert set(copied) == {0}
+    elif most == 256:
+        # Of 4 samples 3, where more is left than the last token; of the equal prompts 7 of 8.
+        assert max(copied) == 3 * 5 + 7
 
 
 @needs_vllm
