@@ -122,7 +122,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_every_failure_costs_one_zero_and_is_counted(evaluator: VerifierPool) -> None:
     before = evaluator.failures.copy()
-    completions = [text for hostile in FAILURES for text in (hostile, "0.75")]
+    completions = [text for n, hostile in enumerate(FAILURES) for text in (hostile, f"0.75 # {n}")]
     assert run(evaluator, *completions) == [0.0, 0.75] * len(FAILURES)
     assert evaluator.failures - before == Counter(FAILURES.values())
 
@@ -164,7 +164,22 @@ def test_either_fence_holds_without_the_other(fence: str, tmp_path: Path) -> Non
 
 def test_a_completion_cannot_change_how_the_next_is_judged(evaluator: VerifierPool) -> None:
     poison = "__import__('builtins').__dict__.update(float=lambda _: 1.0, eval=lambda _: 1.0)"
-    assert run(evaluator, *[poison, "0.25"] * 8) == [None, 0.25] * 8
+    completions = [f"{text} # {n}" for n in range(8) for text in (poison, "0.25")]
+    assert run(evaluator, *completions) == [None, 0.25] * 8
+
+
+def test_equal_completions_of_equal_rows_are_verified_once(evaluator: VerifierPool) -> None:
+    process, failing = "__import__('os').getpid()", "1/0"
+    before = evaluator.failures.copy()
+    first, zero, other, again, _ = run(evaluator, process, failing, process + " ", process, failing)
+    assert first == again != other
+    assert zero == 0.0
+    assert evaluator.failures - before == Counter({"raised": 2})
+
+
+def test_equal_completions_of_other_rows_are_verified_apart(maths: VerifierPool) -> None:
+    rows = [{"answer": answer} for answer in ("2", "3", "2")]
+    assert maths.verify([r"\boxed{2}"] * 3, rows) == [1.0, 0.0, 1.0]
 
 
 def test_the_worker_never_executes_the_package_and_has_no_torch(evaluator: VerifierPool) -> None:

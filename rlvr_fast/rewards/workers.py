@@ -65,8 +65,9 @@ class VerifierPool:
 
     A completion that is too long, runs out of time or memory, ends its process, makes the verifier
     raise or earns no finite number scores 0.0 and is counted in `failures`, by reason; the others
-    are unaffected. The worker starts with the first batch and serves all later ones; it ends with
-    `close()`, with the pool, and with the process that owns the pool, however that ends.
+    are unaffected. Equal completions of equal rows are verified once a batch. The worker starts
+    with the first batch and serves all later ones; it ends with `close()`, with the pool, and with
+    the process that owns the pool, however that ends.
     """
 
     def __init__(
@@ -118,12 +119,19 @@ class VerifierPool:
 
     def verify(self, completions: Sequence[str], rows: Sequence[Row]) -> list[float | None]:
         """The same from one mapping of the verifier's arguments per completion, `[S]`."""
-        batch = list(zip(completions, rows, strict=True))
-        rewards: list[float | None] = [0.0] * len(batch)
-        fits = [len(text) <= self._limits.characters for text in completions]
-        self._count("too long", fits.count(False))
+        places: dict[bytes, list[int]] = {}
+        for place, item in enumerate(zip(completions, rows, strict=True)):
+            if len(item[0]) <= self._limits.characters:
+                places.setdefault(pickle.dumps(item), []).append(place)
+            else:
+                self._count("too long", 1)
+        rewards: list[float | None] = [0.0] * len(completions)
         with self._lock:
-            self._exchange(batch, deque(n for n, fit in enumerate(fits) if fit), rewards)
+            judgements = self._exchange(list(places))
+        for (outcome, reward), equals in zip(judgements, places.values(), strict=True):
+            judged = self._judged(outcome, reward, len(equals))
+            for place in equals:
+                rewards[place] = judged
         return rewards
 
     def close(self) -> None:
@@ -146,11 +154,10 @@ class VerifierPool:
             raise ValueError(f"{self.__name__} needs columns {needed}, got {sorted(columns)}")
         return [p.name for p in self._parameters if p.name in columns]
 
-    def _exchange(
-        self, batch: list[tuple[str, Row]], todo: deque[int], rewards: list[float | None]
-    ) -> None:
-        """Verify `batch[n]` into `rewards[n]` for every n of `todo`."""
-        pending: set[int] = set()
+    def _exchange(self, batch: list[bytes]) -> list[tuple[int, float]]:
+        """Outcome and reward of each pickled completion and row."""
+        judgements = [(CRASHED, 0.0)] * len(batch)
+        todo, pending = deque(range(len(batch))), set[int]()
         losses = 0
         try:
             while todo or pending:
@@ -170,16 +177,17 @@ class VerifierPool:
                     pending.clear()
                 else:
                     pending.remove(number)
-                    rewards[number] = self._judged(outcome, reward)
+                    judgements[number] = outcome, reward
         finally:
             if pending:
                 self.close()  # its late answers would be taken for those of the next batch
+        return judgements
 
-    def _judged(self, outcome: int, reward: float) -> float | None:
+    def _judged(self, outcome: int, reward: float, times: int) -> float | None:
         if outcome == UNSCORABLE:
             return None
         reason = _REASONS.get(outcome, "" if math.isfinite(reward) else "not finite")
-        self._count(reason, bool(reason))
+        self._count(reason, times if reason else 0)
         return 0.0 if reason else reward
 
     def _count(self, reason: str, times: int) -> None:
@@ -208,8 +216,8 @@ class _Worker:
         if not has_call_filter:
             warnings.warn("verifiers run without a system call filter here", stacklevel=2)
 
-    def send(self, number: int, item: tuple[str, Row]) -> None:
-        self._connection.send_bytes(NUMBER.pack(number) + pickle.dumps(item))
+    def send(self, number: int, item: bytes) -> None:
+        self._connection.send_bytes(NUMBER.pack(number) + item)
 
     def receive(self) -> tuple[int, int, float]:
         number, outcome, reward = REPLY.unpack(self._connection.recv_bytes())
