@@ -50,7 +50,8 @@ for moment in json.loads(sys.argv[1]):
     pid = os.fork()  # After the imports, before torch has started a thread.
     if pid == 0:
         run(*moment)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    # Flushed: the next child would print what is left in the buffer, too.
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
