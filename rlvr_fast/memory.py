@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlvr_fast import attention
-from rlvr_fast.config import Precision, TrainConfig
+from rlvr_fast.config import EngineName, Precision, TrainConfig
 from rlvr_fast.devices import DTYPES
 from rlvr_fast.ops.tiled_head import DEFAULT_BUDGET
 from rlvr_fast.packed import Sample, pack
@@ -100,7 +100,7 @@ def estimate(
     return Estimate(
         weights=sum(p.nbytes for p in model.parameters()) * copies,
         optimiser=12 * trained,
-        engine=DTYPES[config.engine_precision].itemsize * count if engine_here else 0,
+        engine=_engine(config, model) if engine_here else 0,
         activations=_per_token(model, half) * tokens + 2 * half * count,
         logits=budget + 4 * head,
         available=_available(model.device),
@@ -124,6 +124,18 @@ def explained(part: str) -> Iterator[None]:
 
 def _is_lack_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _engine(config: TrainConfig, model: PreTrainedModel) -> int:
+    """Bytes of its weights."""
+    size = DTYPES[config.engine_precision].itemsize
+    count = sum(p.numel() for p in model.parameters())
+    here = model.device.type == "cpu" and config.engine is not EngineName.VLLM
+    if here and config.engine_precision is Precision.BF16:
+        # Once more, as products with few rows want them.
+        layers = getattr(model.get_decoder(), "layers", ())
+        count += sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2)
+    return size * count
 
 
 def _per_token(model: PreTrainedModel, half: bool) -> int:

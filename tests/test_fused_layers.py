@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from rlvr_fast import attention, fused_layers
-from rlvr_fast.ops import decoder
+from rlvr_fast.ops import decoder, laid_out
+from rlvr_fast.ops.laid_out import LaidOut
 from rlvr_fast.packed import Sample, pack
 
 SHAPE = dict(
@@ -305,6 +306,39 @@ def test_weights_that_change_are_seen(one_context):
 
     assert not torch.equal(after, before)
     assert torch.equal(after, hidden(fresh))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_weights_that_are_laid_out_give_the_same_in_inference_mode(config, monkeypatch):
+    model = model_of(config).bfloat16()
+    if not laid_out.supported(model.lm_head.weight):
+        pytest.skip("this CPU's oneDNN has no bf16")
+    exact = attention.hidden_states(copy.deepcopy(model).double(), packed()).detach()
+    with torch.inference_mode():
+        plain = attention.hidden_states(model, packed())
+    used, product = [], LaidOut.__call__
+    monkeypatch.setattr(LaidOut, "__call__", lambda self, x: used.append(x) or product(self, x))
+
+    fused_layers.lay_out(model)
+    trained = attention.hidden_states(model, packed())
+    assert trained.requires_grad
+    assert not used
+    with torch.inference_mode():
+        found = attention.hidden_states(model, packed())
+
+    assert len(used) == 2 * 4
+    assert error(found, exact) <= 1.1 * error(plain, exact)
+
+
+def test_layers_with_hooks_or_of_another_dtype_are_not_laid_out():
+    hooked, wide = model_of(LlamaConfig).bfloat16(), model_of(LlamaConfig)
+    hooked.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    for model in (hooked, wide):
+        attention.install(model)
+        fused_layers.lay_out(model)
+
+    assert hooked.model.layers[0].laid_out is None
+    assert [layer.laid_out for layer in wide.model.layers] == [None, None]
 
 
 def test_hooks_of_inner_modules_still_run():

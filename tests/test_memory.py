@@ -22,7 +22,10 @@ def test_weights_and_optimiser_are_counted_to_the_byte():
     count = sum(p.numel() for p in model.parameters())
     assert found.weights == 4 * count
     assert found.optimiser == 12 * count
-    assert found.engine == 2 * count
+    matrices = [p for layer in model.model.layers for p in layer.parameters() if p.ndim == 2]
+    assert found.engine == 2 * (count + sum(p.numel() for p in matrices))
+    assert needs(engine_precision="bf16", engine="vllm")[2].engine == 2 * count
+    assert needs(engine_precision="fp32")[2].engine == 4 * count
 
 
 def test_a_reference_is_a_second_copy_of_the_weights():

@@ -54,6 +54,14 @@ def gated(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None])
     return _Gated.apply(x, *weights, *biases)  # type: ignore[no-untyped-call, no-any-return]
 
 
+def gate(y: Tensor) -> Tensor:
+    """`silu(gate) * up` of both layers' outputs side by side, `[n, 2 F]`; no gradient."""
+    first, second = y.chunk(2, 1)
+    out = torch.empty_like(first, memory_format=torch.contiguous_format)
+    _sweep("gated_fwd", first, second, out)
+    return out
+
+
 def rotated_heads(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -80,6 +88,15 @@ def rotated_heads(
     return _RotatedHeads.apply(  # type: ignore[no-untyped-call, no-any-return]
         x, cosine, sine, heads, q_norm, k_norm, *weights, *biases
     )
+
+
+def turn_heads(
+    y: Tensor, angles: tuple[Tensor, Tensor], heads: Heads, norms: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rotated_heads` of the three layers' outputs side by side; no gradient."""
+    cosine, sine = (angle.contiguous() for angle in angles)
+    (q, k, v), _ = _turned(y, cosine, sine, heads, norms or (None, None))
+    return q, k, v
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -120,12 +137,9 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *layers: Tensor | None) -> Tensor:
         weights, biases = layers[:2], layers[2:]
         y, kept = _products(x, weights, biases)
-        gate, up = y.chunk(2, 1)
-        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        _sweep("gated_fwd", gate, up, out)
         ctx.save_for_backward(x, y, *kept)
         ctx.layers = _Layers.of(weights, biases)
-        return out
+        return gate(y)
 
     @staticmethod
     @once_differentiable
@@ -150,21 +164,12 @@ class _RotatedHeads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights, biases = layers[:3], layers[3:]
         y, kept = _products(x, weights, biases)
-        *turning, value = _by_head(y, heads)
-        rotated, rstds = [], []
-        for part, norm in zip(turning, (q_norm, k_norm), strict=True):
-            straight = part
-            if norm is not None:
-                straight = torch.empty(part.shape)
-                rstds.append(_normalise(part, norm, heads.eps, straight))
-            out = torch.empty(part.shape, dtype=torch.promote_types(x.dtype, cosine.dtype))
-            _sweep("rotate", straight, cosine, sine, 1.0, out)
-            rotated.append(out)
+        parts, rstds = _turned(y, cosine, sine, heads, (q_norm, k_norm))
         normed = () if q_norm is None else (y, q_norm, k_norm, *rstds)
         ctx.save_for_backward(x, cosine, sine, *normed, *kept)
         ctx.heads, ctx.normed = heads, bool(normed)
         ctx.layers = _Layers.of(weights, biases)
-        return *rotated, value  # type: ignore[return-value]
+        return parts
 
     @staticmethod
     @once_differentiable
@@ -241,6 +246,23 @@ def _gradients(
         for part, dtype, wanted in zip(parts, layers.bias_dtypes, needed[1 + count :], strict=True)
     ]
     return d_x, *d_weights, *d_biases
+
+
+def _turned(
+    y: Tensor, cosine: Tensor, sine: Tensor, heads: Heads, norms: tuple[Tensor | None, ...]
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    """Queries, keys and values of `y`, and the factors of the norms."""
+    *turning, value = _by_head(y, heads)
+    rotated, rstds = [], []
+    for part, norm in zip(turning, norms, strict=True):
+        straight = part
+        if norm is not None:
+            straight = torch.empty(part.shape)
+            rstds.append(_normalise(part, norm, heads.eps, straight))
+        out = torch.empty(part.shape, dtype=torch.promote_types(y.dtype, cosine.dtype))
+        _sweep("rotate", straight, cosine, sine, 1.0, out)
+        rotated.append(out)
+    return (rotated[0], rotated[1], value), rstds
 
 
 def _by_head(y: Tensor, heads: Heads) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlvr_fast import attention, models
+from rlvr_fast import attention, fused_layers, models
 from rlvr_fast.ops import wide_linear
 from rlvr_fast.ops.sample import sample
 from rlvr_fast.ops.transform import LogitTransform
@@ -35,7 +35,8 @@ class EmbeddedEngine:
 
     Args:
         model: a folder or hub id, see `models.resolve`.
-        dtype: of the copy and, on a CPU, of its cache.
+        dtype: of the copy and, on a CPU, of its cache. There bf16 weights of the layers are held
+            twice, see `fused_layers.lay_out`.
         device: where the copy lives.
         head_dtype: of the logits, which fp32 softmax and sampling start from: fp32 or `dtype`. None
             as for `policy_loss`: fp32 where that costs no time. fp32 on a CPU without avx512_bf16
@@ -67,6 +68,7 @@ class EmbeddedEngine:
         self._eos_ids = torch.tensor(_eos_ids(loaded, tokenizer), dtype=torch.int64, device=device)
         self._context: int = loaded.config.get_text_config().max_position_embeddings
         self.wake()
+        self._lay_out()
 
     @torch.inference_mode()
     def generate(
@@ -118,6 +120,7 @@ class EmbeddedEngine:
                 )
             own[name].detach().copy_(tensor.detach())
             missing.pop(id(own[name]), None)
+        self._lay_out()
         if missing:
             raise ValueError(
                 f"named_tensors: wanted all parameters, got no {min(missing.values())}"
@@ -133,6 +136,10 @@ class EmbeddedEngine:
 
     def close(self) -> None:
         """Nothing was started."""
+
+    def _lay_out(self) -> None:
+        if self._device.type == "cpu":
+            fused_layers.lay_out(self._model)
 
     def _batches(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams

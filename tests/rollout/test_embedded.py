@@ -272,6 +272,21 @@ def test_bf16_stays_close_to_the_exact_model(folder, stock):
             assert (torch.tensor(completion.logp) - wanted).abs().mean() < 0.3
 
 
+def test_bf16_weights_that_are_loaded_are_those_that_are_sampled(folder, stock, tmp_path):
+    torch.manual_seed(4)
+    other = LlamaForCausalLM(AutoConfig.from_pretrained(folder))
+    other.save_pretrained(models.tiny(tmp_path / "other"))
+    sampling = SamplingParams(max_tokens=8, n=3)
+    engine = EmbeddedEngine(folder)
+    before = engine.generate(PROMPTS, sampling)
+
+    engine.load_weights(other.named_parameters())
+    loaded = engine.generate(PROMPTS, sampling)
+
+    assert loaded != before
+    assert loaded == EmbeddedEngine(tmp_path / "other").generate(PROMPTS, sampling)
+
+
 def test_sleeping_loses_nothing(engine):
     sampling = SamplingParams(max_tokens=6)
     before = engine.generate(PROMPTS, sampling)
