@@ -134,9 +134,8 @@ def _attended(
     own = {"dropout": dropout, "scaling": attention.scaling}
     function = AttentionInterface()[attention.config._attn_implementation]
     heads_out = function(attention, q, k, v, **(kwargs | own))[0]
-    return cast(
-        Tensor, (products.attended if products else attention.o_proj)(heads_out.flatten(-2))
-    )
+    projected = products.attended if products else attention.o_proj
+    return cast(Tensor, projected(heads_out.flatten(-2)))
 
 
 def _layers(*layers: nn.Linear) -> tuple[list[Tensor], list[Tensor | None]]:

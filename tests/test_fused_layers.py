@@ -330,6 +330,19 @@ def test_weights_that_are_laid_out_give_the_same_in_inference_mode(config, monke
     assert error(found, exact) <= 1.1 * error(plain, exact)
 
 
+def test_layers_with_and_without_a_bias_are_laid_out_side_by_side():
+    x, one, other = (random(n, 64, dtype=torch.bfloat16).detach() for n in (5, 32, 48))
+    if not laid_out.supported(one):
+        pytest.skip("this CPU's oneDNN has no bf16")
+    bias = random(48, dtype=torch.bfloat16)  # A parameter, as a model's.
+
+    found = LaidOut([one, other], [None, bias])(x)
+
+    wanted = torch.cat([F.linear(x, one), F.linear(x, other, bias)], 1)
+    torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.05)
+    assert not found.requires_grad
+
+
 def test_layers_with_hooks_or_of_another_dtype_are_not_laid_out():
     hooked, wide = model_of(LlamaConfig).bfloat16(), model_of(LlamaConfig)
     hooked.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)

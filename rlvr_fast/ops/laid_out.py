@@ -26,14 +26,18 @@ class LaidOut:
 
     Args:
         weights: `[F, D]` each, `supported`. They are copied.
-        biases: `[F]` or None, of all or of none.
+        biases: `[F]` each, or None.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         joined = torch.cat([weight.detach() for weight in weights])
         self._weight = torch.ops.mkldnn._reorder_linear_weight(joined, _ROWS)
-        given = [bias.detach() for bias in biases if bias is not None]
-        self._bias = torch.cat(given) if given else None
+        self._bias = None
+        if any(bias is not None for bias in biases):
+            parts = zip(weights, biases, strict=True)
+            self._bias = torch.cat(
+                [w.new_zeros(len(w)) if b is None else b.detach() for w, b in parts]
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layers' outputs for `x` `[..., D]` bf16, side by side; bf16."""
