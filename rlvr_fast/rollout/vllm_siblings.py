@@ -39,6 +39,11 @@ class SiblingBlocks(KVConnectorBase_V1):
         self._copies = Copies()
         self._caches: dict[str, Tensor] = {}
 
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Not: nothing outlives a step."""
+        return False
+
     # The scheduler's side: these three are called for each request that starts, then for the step.
 
     def get_num_new_matched_tokens(

@@ -151,6 +151,27 @@ def test_samples_share_their_prompt_whatever_part_of_a_block_it_fills(folder, mo
 
 
 @needs_vllm
+def test_samples_that_vllm_puts_back_for_want_of_cache_are_right(folder, monkeypatch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    put_back, preempt = [], Scheduler._preempt_request
+
+    def counted(self, request, *arguments, **named):
+        put_back.append(request)
+        return preempt(self, request, *arguments, **named)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    prompts = [[(7 * at + length) % 100 for at in range(length)] for length in (5, 31, 40, 64, 70)]
+    options = VLLMOptions(kv_cache_gib=0.0013, max_model_len=256)
+    engine = VLLMEngine(folder, dtype=torch.float32, options=options)
+    groups = engine.generate(prompts, SamplingParams(n=6, max_tokens=60))
+    engine.close()
+
+    assert put_back
+    _assert_samples_of(AutoModelForCausalLM.from_pretrained(folder), prompts, groups, atol=1e-5)
+
+
+@needs_vllm
 def test_a_process_has_one_engine_at_a_time_and_a_closed_one_does_nothing(folder):
     engine = VLLMEngine(folder, options=SMALL)
     with pytest.raises(RuntimeError, match="close the other engine first"):
