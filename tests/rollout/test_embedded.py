@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from sampled import assert_samples_of, stock_logits, stock_logp
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from rlvr_fast import models
@@ -42,18 +43,6 @@ def engine_ending_with(ids, folder, **settings):
         GenerationConfig(eos_token_id=2).save_pretrained(folder)
 
 
-def _stock_logits(model, prompt, completion):
-    """The logits that predict a completion, from one forward over all of it."""
-    logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
-    return logits[len(prompt) - 1 : -1]
-
-
-@torch.no_grad()
-def _stock_logp(model, prompt, completion, temperature):
-    logits = _stock_logits(model, prompt, completion) / temperature
-    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
-
-
 SYSTEM = [31, 4, 59, 26, 53, 58, 9, 79, 32, 38]
 
 
@@ -77,17 +66,14 @@ def test_greedy_completions_are_those_of_transformers(engine, stock, system):
 def test_logp_is_that_of_a_full_forward_at_the_temperature(engine, stock, temperature):
     sampling = SamplingParams(temperature=temperature, max_tokens=16, n=4)
 
-    for prompt, completions in zip(PROMPTS, engine.generate(PROMPTS, sampling), strict=True):
-        for completion in completions:
-            wanted = _stock_logp(stock, prompt, completion.token_ids, temperature)
-            logp = torch.tensor(completion.logp)
-            torch.testing.assert_close(logp, wanted, rtol=1e-4, atol=1e-4)
+    groups = engine.generate(PROMPTS, sampling)
+
+    assert_samples_of(stock, PROMPTS, groups, temperature=temperature)
 
 
 def test_greedy_logp_is_at_temperature_one(engine, stock):
     ((completion,),) = engine.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=8))
-    wanted = _stock_logp(stock, PROMPTS[0], completion.token_ids, 1)
-    torch.testing.assert_close(torch.tensor(completion.logp), wanted, rtol=1e-4, atol=1e-4)
+    assert_samples_of(stock, PROMPTS[:1], [[completion]])
 
 
 def test_the_seed_decides(engine):
@@ -135,10 +121,7 @@ def test_rows_that_leave_do_not_disturb_those_that_stay(folder, stock):
     got = engine.generate(PROMPTS, SamplingParams(max_tokens=24, n=6))
 
     assert len({len(c.token_ids) for group in got for c in group}) > 4
-    for prompt, group in zip(PROMPTS, got, strict=True):
-        for completion in group:
-            wanted = _stock_logp(stock, prompt, completion.token_ids, 1)
-            torch.testing.assert_close(torch.tensor(completion.logp), wanted, rtol=1e-4, atol=1e-4)
+    assert_samples_of(stock, PROMPTS, got)
 
 
 @pytest.mark.parametrize("cache_tokens", [40, 65536])
@@ -189,7 +172,7 @@ def test_frequencies_are_the_models_probabilities(engine, stock):
     seen = torch.bincount(torch.tensor([c.token_ids[0] for c in got]), minlength=100)
 
     with torch.no_grad():
-        wanted = count * (_stock_logits(stock, PROMPTS[0], [0])[0] / 0.9).softmax(-1)
+        wanted = count * (stock_logits(stock, PROMPTS[0], [0])[0] / 0.9).softmax(-1)
 
     often = wanted >= 5
     assert often.sum() > 50
@@ -222,8 +205,7 @@ def test_a_tied_head_follows_the_embedding(engine, stock, folder):
 
     ((completion,),) = engine.generate(PROMPTS[:1], SamplingParams(max_tokens=5))
 
-    wanted = _stock_logp(fresh, PROMPTS[0], completion.token_ids, 1)
-    torch.testing.assert_close(torch.tensor(completion.logp), wanted, rtol=1e-4, atol=1e-4)
+    assert_samples_of(fresh, PROMPTS[:1], [[completion]])
 
 
 def test_a_tied_head_may_be_named_too(engine, stock):
@@ -268,7 +250,7 @@ def test_bf16_stays_close_to_the_exact_model(folder, stock):
 
     for prompt, completions in zip(PROMPTS, engine.generate(PROMPTS, sampling), strict=True):
         for completion in completions:
-            wanted = _stock_logp(stock, prompt, completion.token_ids, 1)
+            wanted = stock_logp(stock, prompt, completion.token_ids)
             assert (torch.tensor(completion.logp) - wanted).abs().mean() < 0.3
 
 

@@ -6,6 +6,7 @@ import time
 import psutil
 import pytest
 import torch
+from sampled import assert_samples_of
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 from vllm_here import needs_vllm
 
@@ -89,19 +90,7 @@ def _assert_exact(folder, weights, groups, temperature=1.0):
     """Log-probabilities are those of transformers in fp32, over the tokenizer's ids."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.load_state_dict(weights, strict=False)
-    _assert_samples_of(model, groups, temperature)
-
-
-@torch.no_grad()
-def _assert_samples_of(model, groups, temperature=1.0):
-    for prompt, group in zip(PROMPTS, groups, strict=True):
-        for completion in group:
-            ids = torch.tensor([[*prompt, *completion.token_ids]])
-            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1, :TOKENS]
-            tokens = torch.tensor(completion.token_ids)[:, None]
-            wanted = (logits / temperature).log_softmax(-1).gather(1, tokens)[:, 0]
-            logp = torch.tensor(completion.logp)
-            torch.testing.assert_close(logp, wanted, rtol=1e-4, atol=1e-4)
+    assert_samples_of(model, PROMPTS, groups, temperature=temperature, tokens=TOKENS)
 
 
 def test_greedy_completions_are_those_of_the_embedded_engine(engine, folder):
@@ -186,7 +175,7 @@ def test_adapters_in_training_are_what_is_sampled(engine, folder):
     engine.load_weights(lora.named_weights(model))
     groups = engine.generate(PROMPTS, SamplingParams(n=2, max_tokens=6))
 
-    _assert_samples_of(model, groups)
+    assert_samples_of(model, PROMPTS, groups, tokens=TOKENS)
 
 
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(engine, weights):

@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from sampled import assert_samples_of
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from vllm_here import needs_vllm
 
@@ -110,17 +111,7 @@ def test_a_16_bit_model_with_an_fp32_head_stays_close_to_the_exact_model(folder)
     got = engine.generate(PROMPTS, SamplingParams(max_tokens=12, n=4))
     engine.close()
 
-    _assert_samples_of(exact, PROMPTS, got, atol=0.01)
-
-
-@torch.no_grad()
-def _assert_samples_of(model, prompts, groups, atol):
-    for prompt, group in zip(prompts, groups, strict=True):
-        for completion in group:
-            logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0]
-            tokens = torch.tensor(completion.token_ids)[:, None]
-            wanted = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, tokens)[:, 0]
-            torch.testing.assert_close(torch.tensor(completion.logp), wanted, rtol=0, atol=atol)
+    assert_samples_of(exact, PROMPTS, got, rtol=0, atol=0.01)
 
 
 @needs_vllm
@@ -142,7 +133,8 @@ def test_samples_share_their_prompt_whatever_part_of_a_block_it_fills(folder, mo
     groups = engine.generate(prompts, SamplingParams(n=4, max_tokens=5))
     engine.close()
 
-    _assert_samples_of(AutoModelForCausalLM.from_pretrained(folder), prompts, groups, atol=1e-5)
+    exact = AutoModelForCausalLM.from_pretrained(folder)
+    assert_samples_of(exact, prompts, groups, rtol=0, atol=1e-5)
     if most == 1:
         assert set(copied) == {0}
     elif most == 256:
@@ -168,7 +160,8 @@ def test_samples_that_vllm_puts_back_for_want_of_cache_are_right(folder, monkeyp
     engine.close()
 
     assert put_back
-    _assert_samples_of(AutoModelForCausalLM.from_pretrained(folder), prompts, groups, atol=1e-5)
+    exact = AutoModelForCausalLM.from_pretrained(folder)
+    assert_samples_of(exact, prompts, groups, rtol=0, atol=1e-5)
 
 
 @needs_vllm
