@@ -75,16 +75,13 @@ class Estimate:
         return lines
 
 
-def estimate(
-    config: TrainConfig, model: PreTrainedModel, *, prompt_tokens: int, engine_here: bool
-) -> Estimate:
+def estimate(config: TrainConfig, model: PreTrainedModel, *, prompt_tokens: int) -> Estimate:
     """Of a run of this config.
 
     Args:
         config: of the run.
         model: on the training device, as it will be trained.
         prompt_tokens: of a typical prompt.
-        engine_here: the engine keeps its weights on the same device.
 
     Cost: a forward pass of 37 tokens.
     """
@@ -100,7 +97,7 @@ def estimate(
     return Estimate(
         weights=sum(p.nbytes for p in model.parameters()) * copies,
         optimiser=12 * trained,
-        engine=_engine(config, model) if engine_here else 0,
+        engine=_engine(config, model),
         activations=_per_token(model, half) * tokens + 2 * half * count,
         logits=budget + 4 * head,
         available=_available(model.device),
@@ -127,15 +124,16 @@ def _is_lack_of_memory(error: Exception) -> bool:
 
 
 def _engine(config: TrainConfig, model: PreTrainedModel) -> int:
-    """Bytes of its weights."""
-    size = DTYPES[config.engine_precision].itemsize
+    """Bytes of its weights, where they are on the training device."""
+    if config.engine is EngineName.VLLM_SERVER:
+        return 0
     count = sum(p.numel() for p in model.parameters())
-    here = model.device.type == "cpu" and config.engine is not EngineName.VLLM
-    if here and config.engine_precision is Precision.BF16:
+    embedded = model.device.type == "cpu" and config.engine is not EngineName.VLLM
+    if embedded and config.engine_precision is Precision.BF16:
         # Once more, as products with few rows want them.
         layers = getattr(model.get_decoder(), "layers", ())
         count += sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2)
-    return size * count
+    return DTYPES[config.engine_precision].itemsize * count
 
 
 def _per_token(model: PreTrainedModel, half: bool) -> int:

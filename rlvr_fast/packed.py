@@ -151,8 +151,10 @@ def _lay_block(rows: _Rows, block: Sequence[Sample], depth: int) -> None:
     prompt = block[0].prompt_ids[depth:]
     # The last token of a completion predicts nothing, and nobody else sees it.
     inputs = [list(sample.completion_ids[:-1]) for sample in block]
-    hosts = _hosts(inputs)
-    trunk, common = _trunk(inputs, hosts)
+    # In this order whatever begins with a sequence follows on it without a gap.
+    order = sorted(range(len(inputs)), key=lambda place: inputs[place])
+    hosts = _hosts(inputs, order)
+    trunk, common = _trunk(inputs, [place for place in order if hosts[place] == place])
     begin = rows.lay([*prompt, *inputs[trunk]], depth)
     branches = {trunk: len(rows.ids)}
     # Those that see most come first: attention in C++ relies on it.
@@ -166,22 +168,19 @@ def _lay_block(rows: _Rows, block: Sequence[Sample], depth: int) -> None:
             rows.hidden_index += range(branches[host], branches[host] + len(own) - common[host])
 
 
-def _hosts(inputs: Sequence[list[int]]) -> list[int]:
+def _hosts(inputs: Sequence[list[int]], order: Sequence[int]) -> list[int]:
     """For each sequence the one, perhaps itself, that is laid down for it and begins with it."""
     hosts = list(range(len(inputs)))
-    # In this order whatever begins with a sequence follows on it without a gap.
-    order = sorted(hosts, key=lambda place: inputs[place])
     for shorter, longer in reversed(list(itertools.pairwise(order))):
         if inputs[longer][: len(inputs[shorter])] == inputs[shorter]:
             hosts[shorter] = hosts[longer]
     return hosts
 
 
-def _trunk(inputs: Sequence[list[int]], hosts: Sequence[int]) -> tuple[int, dict[int, int]]:
-    """The host from which the others are cheapest to branch off, the first of several, and after
-    how many tokens each of them does.
+def _trunk(inputs: Sequence[list[int]], order: Sequence[int]) -> tuple[int, dict[int, int]]:
+    """Of the hosts, in order, the one from which the others are cheapest to branch off, the first
+    of several, and after how many tokens each of them does.
     """
-    order = sorted(set(hosts), key=lambda host: inputs[host])
     steps = [_common_length(inputs[a], inputs[b]) for a, b in itertools.pairwise(order)]
 
     def common(place: int) -> list[int]:

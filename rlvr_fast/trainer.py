@@ -110,12 +110,8 @@ class Trainer:
         """All steps after `done`, with evaluation, log and checkpoints where they are due."""
         config = self.config
         if not parallel.is_split(self.model):
-            needed = memory.estimate(
-                config,
-                self.model,
-                prompt_tokens=len(self.prompts[0].ids),
-                engine_here=config.engine is not EngineName.VLLM_SERVER,
-            )
+            prompt_tokens = len(self.prompts[0].ids)
+            needed = memory.estimate(config, self.model, prompt_tokens=prompt_tokens)
             for line in needed.lines(config):
                 log.say(line)
         self.sync()

@@ -13,7 +13,7 @@ from rlvr_fast.run import train
 def needs(**overrides):
     config = configs.load("tiny", {"run_folder": "unused", **overrides})
     model, _ = models.load(models.resolve(config.model))
-    return config, model, memory.estimate(config, model, prompt_tokens=5, engine_here=True)
+    return config, model, memory.estimate(config, model, prompt_tokens=5)
 
 
 def test_weights_and_optimiser_are_counted_to_the_byte():
@@ -25,6 +25,7 @@ def test_weights_and_optimiser_are_counted_to_the_byte():
     matrices = [p for layer in model.model.layers for p in layer.parameters() if p.ndim == 2]
     assert found.engine == 2 * (count + sum(p.numel() for p in matrices))
     assert needs(engine_precision="bf16", engine="vllm")[2].engine == 2 * count
+    assert needs(engine="vllm-server")[2].engine == 0
     assert needs(engine_precision="fp32")[2].engine == 4 * count
 
 

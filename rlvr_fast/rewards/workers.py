@@ -128,10 +128,10 @@ class VerifierPool:
         rewards: list[float | None] = [0.0] * len(completions)
         with self._lock:
             judgements = self._exchange(list(places))
-        for (outcome, reward), equals in zip(judgements, places.values(), strict=True):
-            judged = self._judged(outcome, reward, len(equals))
-            for place in equals:
-                rewards[place] = judged
+            for (outcome, reward), equals in zip(judgements, places.values(), strict=True):
+                judged = self._judged(outcome, reward, len(equals))
+                for place in equals:
+                    rewards[place] = judged
         return rewards
 
     def close(self) -> None:

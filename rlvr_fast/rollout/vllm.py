@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlvr_fast.rollout import Completion, SamplingParams, vllm_process
 from rlvr_fast.rollout.vllm_model import ServedModel, completion
-from rlvr_fast.rollout.vllm_options import VLLMOptions
+from rlvr_fast.rollout.vllm_options import ENVIRONMENT, VLLMOptions
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -53,7 +53,7 @@ class VLLMEngine:
         self._llm: LLM | None = None
         arguments = options.arguments(self._model, dtype, head_dtype, self._device)
         quiet = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
-        with vllm_process.starting(options.environment() | quiet):
+        with vllm_process.starting(ENVIRONMENT | quiet):
             self._llm = _vllm(self._device)(skip_tokenizer_init=True, **arguments)
             if self._device.type == "cpu":
                 self._llm.collective_rpc("sample_in_one_sweep")

@@ -7,6 +7,14 @@ import torch
 
 from rlvr_fast.rollout.vllm_model import ServedModel
 
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Nothing is reported to anybody, and nobody but this machine can connect.
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+"""Variables of vLLM's process."""
 _TOKENS_AT_ONCE = 4096  # vLLM's default on a CPU.
 
 
@@ -40,10 +48,6 @@ class VLLMOptions:
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs: wanted at least 1, got {self.max_num_seqs}")
 
-    def eager(self, device: torch.device) -> bool:
-        """Whether the model is not compiled on this device."""
-        return device.type == "cpu" if self.enforce_eager is None else self.enforce_eager
-
     def arguments(
         self,
         model: ServedModel,
@@ -58,13 +62,14 @@ class VLLMOptions:
         """
         if head_dtype not in (None, dtype, torch.float32):
             raise ValueError(f"head_dtype: wanted {dtype} or torch.float32, got {head_dtype}")
+        eager = device.type == "cpu" if self.enforce_eager is None else self.enforce_eager
         chosen: dict[str, Any] = {
             "model": model.path,
             "max_model_len": model.context,
             "dtype": str(dtype).removeprefix("torch."),
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "max_num_seqs": self.max_num_seqs,
-            "enforce_eager": self.eager(device),
+            "enforce_eager": eager,
             "enable_sleep_mode": device.type != "cpu",
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",
@@ -79,16 +84,6 @@ class VLLMOptions:
         if head_dtype == torch.float32 or (head_dtype is None and device.type != "cpu"):
             chosen["hf_overrides"] = {"head_dtype": "float32"}
         return chosen
-
-    def environment(self) -> dict[str, str]:
-        """Variables of vLLM's process."""
-        return {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            # Nothing is reported to anybody, and nobody but this machine can connect.
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_HOST_IP": "127.0.0.1",
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
 
 
 @dataclass(frozen=True, kw_only=True)

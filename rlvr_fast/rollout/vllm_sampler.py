@@ -3,6 +3,7 @@
 Only vLLM imports this, by name, in whichever process it runs.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,14 +42,17 @@ class OneSweep(Sampler):
     ) -> SamplerOutput:
         """One token for each row of `logits`, `[R, V]`; row `r` draws from its own generator."""
         logits = self.apply_logits_processors(logits, sampling_metadata, predict_bonus_token)
-        count = len(logits)
+        count, generators = len(logits), sampling_metadata.generators
         tokens, logp = torch.empty(count, dtype=torch.int64), torch.empty(count)
-        for rows, temperature in _by_temperature(sampling_metadata, count):
-            noise = _noise(rows, sampling_metadata) if temperature else None
+        greedy = sampling_metadata.all_greedy  # Then vLLM gives no temperatures.
+        temperatures = torch.zeros(count) if greedy else sampling_metadata.temperature
+        for temperature in temperatures.unique().tolist():
+            rows = (temperatures == temperature).nonzero()[:, 0]
+            noise = _noise(rows.tolist(), generators) if temperature else None
             # The likeliest token's log-probability is vLLM's: at temperature 1.
             transform = LogitTransform(temperature=temperature or 1.0)
-            whole = len(rows) == count
-            tokens[rows], logp[rows] = sample(logits if whole else logits[rows], noise, transform)
+            some = logits if len(rows) == count else logits[rows]
+            tokens[rows], logp[rows] = sample(some, noise, transform)
         ids = tokens.to(torch.int32)[:, None]
         return SamplerOutput(
             sampled_token_ids=ids,
@@ -56,21 +60,8 @@ class OneSweep(Sampler):
         )
 
 
-def _by_temperature(
-    sampling_metadata: SamplingMetadata, count: int
-) -> list[tuple[list[int], float]]:
-    """The rows of each temperature, 0 for the likeliest token."""
-    found = [0.0] * count
-    if not sampling_metadata.all_greedy:
-        found = sampling_metadata.temperature.tolist()
-    return [
-        ([row for row in range(count) if found[row] == temperature], temperature)
-        for temperature in sorted(set(found))
-    ]
-
-
-def _noise(rows: list[int], sampling_metadata: SamplingMetadata) -> Tensor:
+def _noise(rows: list[int], generators: Mapping[int, torch.Generator]) -> Tensor:
     noise = torch.empty(len(rows), dtype=torch.float64)
     for place, row in enumerate(rows):
-        noise[place].uniform_(generator=sampling_metadata.generators.get(row))
+        noise[place].uniform_(generator=generators.get(row))
     return noise

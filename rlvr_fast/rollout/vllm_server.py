@@ -22,7 +22,7 @@ from torch import Tensor
 from rlvr_fast.rollout import Completion, SamplingParams
 from rlvr_fast.rollout.vllm_client import Client, Refused, Unreachable
 from rlvr_fast.rollout.vllm_model import ServedModel, completion
-from rlvr_fast.rollout.vllm_options import VLLMServerOptions
+from rlvr_fast.rollout.vllm_options import ENVIRONMENT, VLLMServerOptions
 from rlvr_fast.rollout.vllm_spawn import Server
 
 _AT_ONCE = 64  # Requests under way; each is a prompt with its samples.
@@ -189,7 +189,7 @@ def _started(
         "distributed_executor_backend": "uni",
         "disable_uvicorn_access_log": True,
     }
-    environment = {"VLLM_SERVER_DEV_MODE": "1", **options.environment()}
+    environment = {"VLLM_SERVER_DEV_MODE": "1", **ENVIRONMENT}
     if options.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = options.gpu
     server = Server(folder, arguments, environment)
